@@ -1,0 +1,71 @@
+"""FedPara for Hugging Face PEFT: low-rank Hadamard adapters and federated training.
+
+Importing this package registers the method with PEFT.
+"""
+
+from .comm.errors import PayloadError, StateError
+from .comm.state import (
+    communicated_state,
+    load_communicated_state,
+    load_local,
+    load_local_state,
+    local_state,
+    save_local,
+)
+from .federation.arguments import FederatedArguments
+from .federation.callbacks import FederatedCallback
+from .federation.errors import ArgumentsError, ClientDataError, PartitionError, RoundError
+from .federation.history import History
+from .federation.metrics import accuracy
+from .federation.partition import partition
+from .federation.strategies import FedAvg, Strategy
+from .federation.trainer import FederatedTrainer
+from .maths.errors import FedParaError, RankError
+from .maths.rank import parameter_count, rank_bounds, rank_for_gamma, rank_for_ratio
+from .tuner import FedParaConfig, FedParaLayer, FedParaModel
+from .tuner.errors import (
+    CheckpointError,
+    ConfigError,
+    ReplacedWeightError,
+    TargetError,
+    UnsupportedLayerError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentsError",
+    "CheckpointError",
+    "ClientDataError",
+    "ConfigError",
+    "FedAvg",
+    "FedParaConfig",
+    "FedParaError",
+    "FedParaLayer",
+    "FedParaModel",
+    "FederatedArguments",
+    "FederatedCallback",
+    "FederatedTrainer",
+    "History",
+    "PartitionError",
+    "PayloadError",
+    "RankError",
+    "ReplacedWeightError",
+    "RoundError",
+    "StateError",
+    "Strategy",
+    "TargetError",
+    "UnsupportedLayerError",
+    "accuracy",
+    "communicated_state",
+    "load_communicated_state",
+    "load_local",
+    "load_local_state",
+    "local_state",
+    "parameter_count",
+    "partition",
+    "rank_bounds",
+    "rank_for_gamma",
+    "rank_for_ratio",
+    "save_local",
+]

@@ -1,0 +1,1 @@
+"""Communication: states by scope, payloads, the ledger."""

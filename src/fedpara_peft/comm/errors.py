@@ -1,0 +1,25 @@
+"""Errors of the communication layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..maths.errors import FedParaError
+
+Refusal = Literal["malformed", "keys", "shape", "dtype", "length", "not_finite"]
+
+
+class StateError(FedParaError, ValueError):
+    """A state does not fit the model it is loaded into; the model is unchanged."""
+
+
+class PayloadError(FedParaError, ValueError):
+    """Bytes that arrived are not the state that was agreed on; nothing of them is used.
+
+    Attributes:
+        reason: which check refused them.
+    """
+
+    def __init__(self, reason: Refusal, message: str) -> None:
+        super().__init__(f"payload refused ({reason}): {message}")
+        self.reason = reason

@@ -1,0 +1,94 @@
+"""``FederatedArguments``: the settings of a federated run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import ArgumentsError
+
+
+@dataclass
+class FederatedArguments:
+    """Settings of a federated run; ``HfArgumentParser`` reads them from a command line.
+
+    Raises:
+        ArgumentsError: an argument has a value, or meets another, that it cannot have.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, history and trackers."})
+    num_rounds: int = field(default=100, metadata={"help": "Rounds T."})
+    client_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the clients sampled each round, in (0, 1]."}
+    )
+    clients_per_round: int | None = field(
+        default=None, metadata={"help": "Number of clients sampled each round."}
+    )
+    num_local_epochs: int = field(default=1, metadata={"help": "Epochs E a client trains."})
+    per_client_batch_size: int = field(default=32, metadata={"help": "Examples per local step."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Clients' SGD learning rate."})
+    learning_rate_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate after every round."}
+    )
+    momentum: float = field(default=0.0, metadata={"help": "Clients' SGD momentum."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Clients' SGD weight decay."})
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip the gradient's norm to this; None does not clip."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
+    eval_every: int = field(
+        default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
+    )
+    eval_batch_size: int = field(default=256, metadata={"help": "Examples per evaluation step."})
+    save_every: int = field(
+        default=0, metadata={"help": "Save the global model every so many rounds; 0: never."}
+    )
+    report_to: str | None = field(
+        default=None, metadata={"help": "Accelerate tracker, such as tensorboard or wandb."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
+
+    def __post_init__(self) -> None:
+        if self.client_fraction is not None and self.clients_per_round is not None:
+            raise ArgumentsError("give client_fraction or clients_per_round, not both")
+        if self.client_fraction is not None and not 0 < self.client_fraction <= 1:
+            raise ArgumentsError(f"client_fraction must be in (0, 1], got {self.client_fraction}")
+        for name, least in (
+            ("num_rounds", 0),
+            ("num_local_epochs", 1),
+            ("per_client_batch_size", 1),
+            ("eval_batch_size", 1),
+            ("eval_every", 0),
+            ("save_every", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ArgumentsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "learning_rate_decay"):
+            # 0 would freeze the model from the second round on, without a sign of it.
+            if not getattr(self, name) > 0:
+                raise ArgumentsError(
+                    f"{name} must be positive, got {getattr(self, name)}; a decay of 1 keeps the "
+                    "learning rate"
+                )
+        if self.clients_per_round is not None and self.clients_per_round < 1:
+            raise ArgumentsError(
+                f"clients_per_round must be at least 1, got {self.clients_per_round}"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ArgumentsError(
+                f"max_grad_norm must be positive, got {self.max_grad_norm}; None does not clip"
+            )
+
+    def cohort_size(self, population: int) -> int:
+        """Clients sampled each round: at least one, all of them by default."""
+        if self.clients_per_round is not None:
+            if self.clients_per_round > population:
+                raise ArgumentsError(
+                    f"clients_per_round={self.clients_per_round}, but there are only {population} "
+                    "clients"
+                )
+            return self.clients_per_round
+        return max(1, round((self.client_fraction or 1.0) * population))
+
+    def learning_rate_at(self, round: int) -> float:
+        """Clients' learning rate in a round, counted from 0."""
+        return self.learning_rate * self.learning_rate_decay**round

@@ -1,0 +1,94 @@
+"""A client's local training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from ..comm.state import State
+from .arguments import FederatedArguments
+from .batches import Collator, batches
+from .errors import RoundError
+from .loss import batch_size
+from .random import derived_seed, torch_generator
+
+LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
+
+
+def train_client(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Any,
+    *,
+    args: FederatedArguments,
+    accelerator: Accelerator,
+    compute_loss: LossFunction,
+    collator: Collator | None,
+    round: int,
+    client: int,
+) -> float:
+    """Train the model in place on a client's data: E epochs of SGD, Sec. 3 of arXiv:2108.06098.
+
+    Args:
+        model: holds the broadcast.
+        optimizer: over the model's trainable parameters; its state is cleared first.
+        dataset: the client's examples.
+        args: the run's settings.
+        accelerator: device and mixed precision.
+        compute_loss: ``(model, batch) -> loss`` or ``(loss, outputs)``.
+        collator: makes a batch from rows.
+        round: round number, for the learning rate and the derived randomness.
+        client: client index, for the derived randomness.
+
+    Returns:
+        Mean loss over all local examples seen.
+
+    Raises:
+        RoundError: the loss is not finite.
+    """
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = args.learning_rate_at(round)
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    seen = 0
+    with torch.random.fork_rng(devices=_cuda_devices(accelerator)):
+        # Dropout and the like draw from the global generators.
+        torch.manual_seed(derived_seed(args.seed, round, client, "training"))
+        for epoch in range(args.num_local_epochs):
+            order = torch_generator(args.seed, round, client, f"batches {epoch}")
+            for batch in batches(dataset, args.per_client_batch_size, collator, order):
+                batch = send_to_device(batch, accelerator.device)
+                optimizer.zero_grad(set_to_none=True)
+                with accelerator.autocast():
+                    output = compute_loss(model, batch)
+                loss = output[0] if isinstance(output, tuple) else output
+                accelerator.backward(loss)
+                if args.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                optimizer.step()
+                examples = batch_size(batch)
+                total += loss.detach().double() * examples
+                seen += examples
+    mean = float(total / seen)
+    if mean != mean or mean in (float("inf"), float("-inf")):
+        raise RoundError(
+            f"client {client} diverged in round {round + 1} (loss {mean}): lower learning_rate "
+            f"(now {args.learning_rate_at(round):.3g}) or set max_grad_norm"
+        )
+    return mean
+
+
+def difference(state: State, broadcast: State) -> State:
+    """A client's update: local minus broadcast."""
+    return {name: state[name] - w for name, w in broadcast.items()}
+
+
+def _cuda_devices(accelerator: Accelerator) -> list[torch.device]:
+    return [accelerator.device] if accelerator.device.type == "cuda" else []

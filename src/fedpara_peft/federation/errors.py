@@ -1,0 +1,21 @@
+"""Errors of the federation layer."""
+
+from __future__ import annotations
+
+from ..maths.errors import FedParaError
+
+
+class ArgumentsError(FedParaError, ValueError):
+    """A training argument has a value, or meets another argument, that it cannot have."""
+
+
+class PartitionError(FedParaError, ValueError):
+    """A data set cannot be divided among the clients as asked."""
+
+
+class ClientDataError(FedParaError, ValueError):
+    """A client's data cannot be trained on."""
+
+
+class RoundError(FedParaError, RuntimeError):
+    """A round cannot be completed."""

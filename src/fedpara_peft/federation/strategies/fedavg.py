@@ -1,0 +1,12 @@
+"""FedAvg (McMahan et al., arXiv:1602.05629)."""
+
+from __future__ import annotations
+
+from .base import Strategy
+
+
+class FedAvg(Strategy):
+    """Average the clients' weights by their example counts.
+
+    w_{t+1} = Σ_i (n_i / n) w_i = w_t + Σ_i (n_i / n) (w_i - w_t)
+    """

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: ranks, composing a weight from factors, initialization."""

@@ -1,0 +1,118 @@
+"""Initialization that gives the *composed* weight a wanted variance.
+
+He-initializing every factor alone leaves the composed weight's std 14 to 350 times too small (by
+fan-in), so that a deep net has no gradient, or several times too large (by fan-out). Here the
+factors' std follows from the variance the composed weight shall have.
+
+For Gaussian factors of variance σ², an entry of a half has variance ``r σ⁴`` (matrix) or ``r² σ⁶``
+(kernel), and independent halves multiply: ``Var(W₁ ⊙ W₂) = Var W₁ · Var W₂``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .compose import Nonlinearity
+from .errors import RankError
+from .rank import ParameterizationName, check_rank
+
+#: tanh bounds |W| below 1, so a target variance above this is lowered to it.
+TANH_VARIANCE_CAP = 0.25
+
+
+def half_variances(
+    variance: float, parameterization: ParameterizationName, nonlinearity: Nonlinearity = None
+) -> tuple[float, ...]:
+    """Variance of each (activated) half so that the composed weight has ``variance``.
+
+        fedpara    Var W₁ = Var W₂ = √v
+        pfedpara   Var W₁ = v / (1 + b), Var W₂ = b, because Var(W₁ ⊙ (W₂ + 1)) = Var W₁ (b + 1);
+                   b = v starts the personal half as small as an ordinary weight
+        lowrank    Var W₁ = v
+
+    Raises:
+        RankError: ``variance`` is not positive.
+    """
+    if not variance > 0:
+        raise RankError(f"the target variance must be positive, got {variance}")
+    if nonlinearity == "tanh":
+        variance = min(variance, TANH_VARIANCE_CAP)
+    if parameterization == "lowrank":
+        return (variance,)
+    if parameterization == "pfedpara":
+        return variance / (1 + variance), variance
+    return variance**0.5, variance**0.5
+
+
+def factor_std(
+    variance: float, r: int, *, kernel: bool = False, nonlinearity: Nonlinearity = None
+) -> float:
+    """Std of the factors of one half so that the (activated) half has ``variance``.
+
+        σ = (v / r)^(1/4)     matrix: X, Y
+        σ = (v / r²)^(1/6)    kernel: X, Y, T
+
+    With tanh, ``E[tanh²(W)] = v`` is solved for the variance of W before the activation; the
+    expectation is over the exact law of an entry (a Gaussian whose scale is χ-distributed).
+
+    Args:
+        variance: target variance of the half's entries, after the activation.
+        r: inner rank.
+        kernel: whether the half has a core T (Tucker-2).
+        nonlinearity: None or ``"tanh"``.
+
+    Raises:
+        RankError: r < 1, or the variance cannot be reached (tanh needs less than 1).
+    """
+    check_rank(r)
+    if nonlinearity == "tanh":
+        variance = _pre_tanh_variance(variance, r, kernel)
+    return float((variance / r**2) ** (1 / 6) if kernel else (variance / r) ** 0.25)
+
+
+def fill_normal(tensor: Tensor, std: float) -> None:
+    """Fill a factor in place with N(0, std²) from torch's global generator."""
+    with torch.no_grad():
+        tensor.normal_(0.0, std)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pre_tanh_variance(variance: float, r: int, kernel: bool) -> float:
+    if not 0 < variance < 1:
+        raise RankError(f"tanh keeps |W| below 1: it cannot reach variance {variance}")
+    # Entry = sqrt(v) · s · z with z normal and s² a product of χ²_r / r: one for a matrix (the row
+    # of X), two for a kernel (the rows of X and Y).
+    points, weights = np.polynomial.hermite_e.hermegauss(32)
+    weights = weights / weights.sum()
+    chi, chi_weights = _chi_square_over_r(r)
+    if kernel:
+        chi, chi_weights = np.outer(chi, chi).ravel(), np.outer(chi_weights, chi_weights).ravel()
+    entries = np.sqrt(chi)[:, None] * points[None, :]
+    mass = chi_weights[:, None] * weights[None, :]
+
+    def second_moment(v: float) -> float:
+        return float((np.tanh(np.sqrt(v) * entries) ** 2 * mass).sum())
+
+    low, high = variance, 2 * variance
+    while second_moment(high) < variance:
+        low, high = high, 2 * high
+        if high > 1e12:
+            raise RankError(
+                f"tanh of a rank-{r} half cannot reach variance {variance}: choose a larger rank"
+            )
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if second_moment(middle) < variance else (low, middle)
+    return high
+
+
+def _chi_square_over_r(r: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights for the law of χ²_r / r (substituting u² keeps r = 1 integrable)."""
+    u = np.linspace(0, np.sqrt(r) + 8, 65)[1:]
+    log_density = (r - 1) * np.log(u) - u**2 / 2
+    weights = np.exp(log_density - log_density.max())
+    return u**2 / r, weights / weights.sum()

@@ -1,0 +1,150 @@
+"""Everything that reaches into PEFT's private parts, in one place.
+
+Seen to work with peft 0.21.2; ``tests/tuner/test_peft_internals.py`` guards what is used here.
+PEFT registers methods by a member of its own enum, so a plug-in has to extend the enum first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.mixed import model as _mixed
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _ExcludedModule,
+    _find_minimal_target_modules,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import PeftType, register_peft_method, resolve_quantization_backend
+from peft.utils.constants import (
+    DUMMY_TARGET_MODULES,
+    TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key, match_target_against_key
+from torch import nn
+
+__all__ = [
+    "DEFAULT_TARGETS",
+    "DUMMY_TARGET_MODULES",
+    "FEDPARA",
+    "AuxiliaryTrainingWrapper",
+    "find_minimal_names",
+    "get_pattern_key",
+    "is_excluded",
+    "is_key_under_prefixes",
+    "match_target_against_key",
+    "quantization_backend_of",
+    "register",
+    "resolve_all_linear",
+    "tuner_key_prefixes",
+]
+
+NAME = "fedpara"
+DEFAULT_TARGETS: dict[str, Any] = dict(TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING)
+find_minimal_names = _find_minimal_target_modules
+is_key_under_prefixes = _is_key_under_prefixes
+resolve_all_linear = _maybe_include_all_linear_layers
+tuner_key_prefixes = _get_tuner_state_dict_key_prefixes
+
+_REQUIRED_HOOKS = (
+    "_get_adapter_state_dict",
+    "_get_learnable_bias_state_dict",
+    "_post_injection_hook",
+    "_prepare_model",
+    "_remap_adapter_state_dict_for_load",
+    "_remove_adapter_name_from_key",
+)
+
+
+def quantization_backend_of(base_layer: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's back-end for a quantized layer, None for a plain one.
+
+    A plain torch layer is recognized here, because PEFT's own look-up imports every quantization
+    library that is installed.
+    """
+    weight = getattr(base_layer, "weight", None)
+    if type(base_layer).__module__.startswith("torch.nn.") and type(weight) in (
+        nn.Parameter,
+        type(None),
+    ):
+        return None
+    return resolve_quantization_backend(base_layer, **kwargs)
+
+
+def is_excluded(match: Any) -> bool:
+    """Whether PEFT's match of a name says that the name is excluded."""
+    return isinstance(match, _ExcludedModule)
+
+
+def _extend_peft_type(name: str) -> PeftType:
+    """Add a member to ``PeftType``; a string alone breaks ``get_model_status`` and transformers."""
+    missing = [hook for hook in _REQUIRED_HOOKS if not hasattr(BaseTuner, hook)]
+    if missing:
+        raise ImportError(
+            f"fedpara_peft needs the tuner hooks {missing}, which this version of peft lacks: "
+            "pip install 'peft>=0.21,<0.22'"
+        )
+    upper = name.upper()
+    if upper in PeftType.__members__:
+        return PeftType[upper]
+    member = str.__new__(PeftType, upper)
+    member._name_ = upper
+    member._value_ = upper
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_map_[upper] = member
+    PeftType._value2member_map_[upper] = member
+    PeftType._member_names_.append(upper)
+    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13+
+        PeftType._hashable_values_.append(upper)
+    type.__setattr__(PeftType, upper, member)
+    return member
+
+
+FEDPARA: PeftType = _extend_peft_type(NAME)
+
+
+def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
+    """Register the tuner with PEFT, once, ``PeftMixedModel`` included."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if FEDPARA in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    register_peft_method(
+        name=NAME, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True
+    )
+    _join_mixed_model(config_cls, model_cls, layer_cls)
+
+
+def _join_mixed_model(config_cls: type, model_cls: Any, layer_cls: type) -> None:
+    """Extend the allow-lists of ``PeftMixedModel``, which are hard-coded.
+
+    Its dispatch is a chain of isinstance checks ending in a TypeError; ours goes before it.
+    """
+    import peft.tuners.mixed as mixed_package
+
+    types = (*_mixed.COMPATIBLE_TUNER_TYPES, FEDPARA)
+    _mixed.COMPATIBLE_TUNER_TYPES = types
+    mixed_package.COMPATIBLE_TUNER_TYPES = types
+    _mixed.PREFIXES.append(model_cls.prefix)
+    _mixed.Configs = _mixed.Configs | config_cls
+    _mixed.Layers = (*_mixed.Layers, layer_cls)
+    stock_create = _mixed.MixedModel._create_and_replace
+    stock_replace = _mixed.MixedModel._replace_module
+
+    def _create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, config_cls):
+            model_cls._create_and_replace(self, config, *args, **kwargs)
+        else:
+            stock_create(self, config, *args, **kwargs)
+
+    def _replace_module(self: Any, parent: Any, name: str, new: Any, child: Any) -> None:
+        if isinstance(new, nn.RNNBase):
+            setattr(parent, name, new)
+        else:
+            stock_replace(self, parent, name, new, child)
+
+    _mixed.MixedModel._create_and_replace = _create_and_replace
+    _mixed.MixedModel._replace_module = _replace_module

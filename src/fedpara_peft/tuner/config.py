@@ -1,0 +1,180 @@
+"""``FedParaConfig``: what to factorize, how, and what becomes of the base weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from peft import PeftConfig
+
+from ..maths.errors import RankError
+from ..maths.rank import ParameterizationName, check_gamma, check_rank
+from ._peft import FEDPARA
+from .errors import ConfigError
+
+BaseWeight = Literal["frozen", "replaced"]
+Bias = Literal["none", "all", "fedpara_only"]
+
+#: ``target_modules`` value that stands for every layer kind that can be factorized.
+ALL_SUPPORTED = "all-supported"
+
+
+@dataclass
+class FedParaConfig(PeftConfig):
+    """Configuration of FedPara adapters (arXiv:2108.06098).
+
+    Two worlds: ``base_weight="frozen"`` adds to a pretrained weight, ``W = W₀ + (alpha/r) ΔW``;
+    ``base_weight="replaced"`` trains from scratch with ``W`` composed from factors alone, the rest
+    of the model (biases, norms, layers left dense, buffers) trained and saved with it.
+
+    Args:
+        r: inner rank of every factorized weight (each of the two halves has rank r). In replaced
+            mode a weight whose factors would outnumber it stays dense.
+        gamma: rank ratio γ in [0, 1]. When set, each weight's rank is
+            ``⌈(1 - γ) r_min + γ r_max⌉`` and ``r`` is not used. ``lowrank`` then takes the least
+            rank that reaches FedPara's parameter count in that weight.
+        alpha: numerator of the frozen mode's scale ``alpha / r``; None means scale 1.
+        base_weight: ``"frozen"`` or ``"replaced"``.
+        parameterization: ``"fedpara"`` (W₁ ⊙ W₂), ``"pfedpara"`` (W₁ ⊙ (W₂ + 1), W₂ local to the
+            client) or ``"lowrank"`` (X Yᵀ, Tucker-2 for kernels).
+        nonlinearity: ``"tanh"`` activates both halves, None does not.
+        use_effective_conv2d: factorize convolution kernels by Prop. 3; False reshapes them to
+            matrices (Prop. 1).
+        rank_pattern: layer name or regex to rank; goes before ``r`` and ``gamma``.
+        alpha_pattern: layer name or regex to alpha.
+        rank_dropout: in training, probability of dropping an output feature of ΔW; kept ones are
+            divided by ``1 - rank_dropout``.
+        module_dropout: in training, probability of skipping ΔW in a forward pass.
+        init_weights: True starts the frozen mode as the identity and gives replaced weights their
+            documented variance; False starts the frozen mode with a random ΔW.
+        target_modules: names, a regex, ``"all-linear"``, or ``"all-supported"`` for every layer
+            kind that can be factorized.
+        exclude_modules: names or a regex of modules to leave alone.
+        layers_to_transform: layer indices to factorize.
+        layers_pattern: name of the layer list the indices refer to.
+        modules_to_save: modules trained and saved whole (frozen mode; in replaced mode everything
+            is).
+        bias: ``"none"``, ``"all"`` or ``"fedpara_only"`` (frozen mode).
+        local_modules: names or a regex of modules that stay on the client whole, as FedPer's last
+            layers do; they are never saved or pushed.
+
+    Raises:
+        ConfigError: a field has a value it cannot have, or two fields contradict each other.
+    """
+
+    r: int = field(default=8, metadata={"help": "Inner rank"})
+    gamma: float | None = field(default=None, metadata={"help": "Rank ratio in [0, 1]"})
+    alpha: float | None = field(default=None, metadata={"help": "Scale alpha / r; None: scale 1"})
+    base_weight: BaseWeight = field(
+        default="frozen", metadata={"help": "'frozen': add to W0; 'replaced': train from scratch"}
+    )
+    parameterization: ParameterizationName = field(
+        default="fedpara", metadata={"help": "'fedpara', 'pfedpara' or 'lowrank'"}
+    )
+    nonlinearity: Literal["tanh"] | None = field(default=None, metadata={"help": "None or 'tanh'"})
+    use_effective_conv2d: bool = field(
+        default=True, metadata={"help": "Prop. 3 for convolution kernels; False: as matrices"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Layer name or regex to rank"}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Layer name or regex to alpha"}
+    )
+    rank_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an output feature of the delta"}
+    )
+    module_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of skipping the delta in a forward pass"}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Identity start (frozen) or target variance (replaced)"}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names, regex, 'all-linear' or 'all-supported'"}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of modules to leave alone"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layer indices to factorize"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list the indices refer to"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole (frozen mode)"}
+    )
+    bias: Bias = field(default="none", metadata={"help": "'none', 'all' or 'fedpara_only'"})
+    local_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of modules that stay on the client"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = FEDPARA
+        for name in ("target_modules", "exclude_modules", "local_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self._check_choices()
+        self._check_ranks()
+        self._check_targets()
+        if self.base_weight == "replaced":
+            self._check_replaced()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("base_weight", get_args(BaseWeight)),
+            ("parameterization", get_args(ParameterizationName)),
+            ("nonlinearity", (None, "tanh")),
+            ("bias", get_args(Bias)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"init_weights must be True or False, got {self.init_weights!r}")
+        for name in ("rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.parameterization == "lowrank" and self.nonlinearity is not None:
+            raise ConfigError(
+                "parameterization='lowrank' has no nonlinearity (tanh(W₁) ⊙ tanh(W₂) needs two "
+                "halves): use 'fedpara', or nonlinearity=None"
+            )
+
+    def _check_ranks(self) -> None:
+        try:
+            if self.gamma is not None:
+                check_gamma(self.gamma)
+            for rank in (self.r, *self.rank_pattern.values()):
+                check_rank(rank)
+        except RankError as error:
+            raise ConfigError(str(error)) from None
+
+    def _check_targets(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str: it would have to be "
+                    "part of the regex; give target_modules as a list"
+                )
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+
+    def _check_replaced(self) -> None:
+        for name, unset, instead in (
+            ("alpha", None, "a replaced weight has no W₀ to scale against; leave alpha out"),
+            ("alpha_pattern", {}, "a replaced weight has no W₀ to scale against; leave it out"),
+            ("bias", "none", "every bias is trained and saved already; leave bias out"),
+            ("modules_to_save", None, "every module is trained and saved already; leave it out"),
+            ("rank_dropout", 0.0, "it would drop whole outputs; put nn.Dropout in the model"),
+            ("module_dropout", 0.0, "it would drop whole layers; put nn.Dropout in the model"),
+            ("init_weights", True, "there is no identity to start from; leave init_weights out"),
+        ):
+            value = getattr(self, name)
+            if value != unset and value not in ([], {}):
+                raise ConfigError(
+                    f"{name}={value!r} has no meaning with base_weight='replaced': {instead}"
+                )

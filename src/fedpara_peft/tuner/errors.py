@@ -1,0 +1,27 @@
+"""Errors of the tuner layer."""
+
+from __future__ import annotations
+
+from peft.utils.error import NoMatchingPeftModuleError
+
+from ..maths.errors import FedParaError
+
+
+class ConfigError(FedParaError, ValueError):
+    """A configuration field has a value, or meets another field, that it cannot have."""
+
+
+class TargetError(FedParaError, NoMatchingPeftModuleError):
+    """The target names of a configuration match no module that can be factorized."""
+
+
+class UnsupportedLayerError(FedParaError, TypeError):
+    """A targeted module is of a kind that cannot be factorized."""
+
+
+class ReplacedWeightError(FedParaError, RuntimeError):
+    """An operation needs the dense weight that ``base_weight="replaced"`` does not keep."""
+
+
+class CheckpointError(FedParaError, ValueError):
+    """A saved adapter or local state does not fit the model it is loaded into."""

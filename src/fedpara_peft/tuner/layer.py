@@ -1,0 +1,460 @@
+"""What every factorized layer shares: its factors, composing, merging, scopes.
+
+A layer kind (``linear.py``, ``conv.py``, ``embedding.py``, ``recurrent.py``) adds the shapes of its
+weights and its forward pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr
+from torch import Tensor, nn
+
+from ..maths.compose import Half, Nonlinearity, compose
+from ..maths.init import factor_std, fill_normal, half_variances
+from ..maths.rank import ParameterizationName
+from ._peft import quantization_backend_of
+from .config import FedParaConfig
+from .errors import ReplacedWeightError
+from .plan import WeightPlan, WeightShape
+
+#: Containers of the factors, per half in the order x, y, t; each maps adapter to weight to factor.
+#: No name ends in a digit: PEFT matches ``modules_to_save`` by the end of a name.
+HALF_CONTAINERS = (
+    ("fedpara_w1_x", "fedpara_w1_y", "fedpara_w1_t"),
+    ("fedpara_w2_x", "fedpara_w2_y", "fedpara_w2_t"),
+)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The settings of one adapter on one layer."""
+
+    plans: Mapping[str, WeightPlan]
+    parameterization: ParameterizationName
+    nonlinearity: Nonlinearity
+    replaced: bool
+    rank_dropout: float
+    module_dropout: float
+
+    @property
+    def num_halves(self) -> int:
+        """Halves that a weight is composed of."""
+        return 1 if self.parameterization == "lowrank" else 2
+
+    @property
+    def identity_half(self) -> int:
+        """Index of the half whose Y is zero at an identity start (W₂ + 1 has no zero)."""
+        return 1 if self.parameterization == "fedpara" else 0
+
+
+@dataclass(frozen=True)
+class ComposedWeight:
+    """A composed weight that took part in a forward pass, with what it was composed from."""
+
+    weight: Tensor
+    halves: tuple[Half, ...]
+    spec: AdapterSpec
+
+
+class FedParaLayer(nn.Module, BaseTunerLayer):
+    """A layer whose weights are factorized.
+
+    Args:
+        base_layer: the wrapped layer (or another tuner's layer around it).
+        adapter_name: name of the first adapter.
+        config: its configuration.
+        plans: the weights to factorize, from :func:`~fedpara_peft.tuner.plan.plan_layer`.
+        alpha: numerator of the scale ``alpha / r``; None means scale 1.
+    """
+
+    adapter_layer_names: tuple[str, ...] = HALF_CONTAINERS[0] + HALF_CONTAINERS[1]
+    other_param_names: tuple[str, ...] = ("r", "alpha", "scaling", "specs")
+    kind: ClassVar[str]
+
+    if TYPE_CHECKING:  # PEFT is not typed; without this all of its methods would be tensors
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: FedParaConfig,
+        plans: Mapping[str, WeightPlan],
+        alpha: float | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = quantization_backend_of(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        for container in self.adapter_layer_names:
+            setattr(self, container, nn.ModuleDict())
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.specs: dict[str, AdapterSpec] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self._composed: dict[str, ComposedWeight] | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, plans=plans, alpha=alpha)
+
+    # What a layer kind says about itself.
+
+    @staticmethod
+    def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:
+        """The weights of a layer of this kind that can be factorized, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
+        """Raise a typed error if this very layer cannot train with its weight replaced."""
+
+    def to_base_layout(self, weight: Tensor, shape: WeightShape) -> Tensor:
+        """Bring a composed weight ``(M, N)`` or ``(M, N, *kernel)`` to the base layer's layout."""
+        return weight.reshape(shape.out_features, shape.in_features, *shape.kernel)
+
+    def bias_names(self) -> tuple[str, ...]:
+        """Names of the base layer's bias parameters."""
+        return ("bias",) if getattr(self.get_base_layer(), "bias", None) is not None else ()
+
+    # Factors.
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: FedParaConfig,
+        plans: Mapping[str, WeightPlan],
+        alpha: float | None,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter."""
+        spec = AdapterSpec(
+            plans=dict(plans),
+            parameterization=config.parameterization,
+            nonlinearity=config.nonlinearity,
+            replaced=config.base_weight == "replaced",
+            rank_dropout=config.rank_dropout,
+            module_dropout=config.module_dropout,
+        )
+        self.specs[adapter_name] = spec
+        # The weights of a recurrent layer may differ in rank under γ; the scale is the layer's.
+        self.r[adapter_name] = max(plan.r for plan in plans.values())
+        self.alpha[adapter_name] = self.r[adapter_name] if alpha is None else alpha
+        self.scaling[adapter_name] = self.alpha[adapter_name] / self.r[adapter_name]
+        for containers in HALF_CONTAINERS[: spec.num_halves]:
+            for position, container in enumerate(containers):
+                factors = {
+                    name: nn.Parameter(torch.empty(_factor_shape(plan, position)))
+                    for name, plan in plans.items()
+                    if position < 2 or plan.kernel
+                }
+                if factors:
+                    getattr(self, container)[adapter_name] = nn.ParameterDict(factors)
+        self.reset_adapter_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Draw the factors anew from torch's global generator.
+
+        The composed weight gets the variance documented for its kind (replaced), or ``2 / (N K)``
+        at which the frozen mode's ΔW would start were it not for the identity.
+        """
+        spec = self.specs[adapter_name]
+        for name in spec.plans:
+            self._draw(adapter_name, name, range(spec.num_halves))
+            if init_weights and not spec.replaced:
+                nn.init.zeros_(self.halves(adapter_name, name)[spec.identity_half].y)
+
+    def reset_local_half(self, adapter_name: str) -> None:
+        """Draw the personal half W₂ anew so that W₂ = 0: neutral, because W₂ + 1 = 1."""
+        for name in self.specs[adapter_name].plans:
+            self._draw(adapter_name, name, (1,))
+            nn.init.zeros_(self.halves(adapter_name, name)[1].y)
+
+    def halves(self, adapter_name: str, name: str = "weight") -> tuple[Half, ...]:
+        """The factors of one weight, one :class:`Half` per half."""
+        found = []
+        for containers in HALF_CONTAINERS[: self.specs[adapter_name].num_halves]:
+            x, y, t = (getattr(self, container) for container in containers)
+            core = t[adapter_name][name] if self.specs[adapter_name].plans[name].kernel else None
+            found.append(Half(x[adapter_name][name], y[adapter_name][name], core))
+        return tuple(found)
+
+    def local_containers(self, adapter_name: str) -> tuple[str, ...]:
+        """Containers whose factors stay on the client: pFedPara's W₂."""
+        spec = self.specs.get(adapter_name)
+        personal = spec is not None and spec.parameterization == "pfedpara"
+        return HALF_CONTAINERS[1] if personal else ()
+
+    # Composed weights.
+
+    def get_delta_weight(self, adapter_name: str, name: str = "weight") -> Tensor:
+        """The composed weight in the base layer's layout: ``(alpha / r) ΔW`` frozen, W replaced."""
+        spec = self.specs[adapter_name]
+        halves = self.halves(adapter_name, name)
+        weight = compose(halves, spec.parameterization, spec.nonlinearity)
+        weight = self.to_base_layout(weight, spec.plans[name].shape)
+        if not spec.replaced and self.scaling[adapter_name] != 1:
+            weight = weight * self.scaling[adapter_name]
+        if self._composed is not None:
+            self._composed[f"{adapter_name}.{name}"] = ComposedWeight(weight, halves, spec)
+        return weight
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the base weight is replaced rather than frozen."""
+        return any(spec.replaced for spec in self.specs.values())
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; composed where it has been replaced."""
+        if self.replaced and not self.merged:
+            return self.get_delta_weight(next(iter(self.specs)))
+        return super().weight
+
+    def free_base_weights(self) -> None:
+        """Drop the dense weights that composed ones replace, and the memory with them."""
+        for name in next(iter(self.specs.values())).plans:
+            setattr(self.get_base_layer(), name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the composed weight into the base layer.
+
+        Args:
+            safe_merge: refuse, with nothing changed, a result that is not finite.
+            adapter_names: adapters to merge; all active ones by default.
+
+        Raises:
+            ValueError: ``safe_merge`` found NaN or infinity.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.specs:
+                continue
+            merged = {}
+            for name in self.specs[adapter_name].plans:
+                delta = self._merge_delta(adapter_name, name)
+                if not self.replaced:
+                    base = self._get_base_tensor(name)
+                    delta = (base + delta.to(base.device)).to(base.dtype)
+                if safe_merge and not torch.isfinite(delta).all():
+                    raise ValueError(
+                        "NaNs detected in the merged weights. The adapter "
+                        f"{adapter_name} seems to be broken"
+                    )
+                merged[name] = delta
+            for name, weight in merged.items():
+                self._set_base_tensor(name, weight)
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base layer again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.replaced:
+            self.free_base_weights()
+            self.merged_adapters.clear()
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            if adapter_name not in self.specs:
+                continue
+            for name in self.specs[adapter_name].plans:
+                base = self._get_base_tensor(name)
+                delta = self._merge_delta(adapter_name, name).to(base.device)
+                self._set_base_tensor(name, (base - delta).to(base.dtype))
+
+    # Forward.
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone."""
+        if self._base_alone():
+            return self.base_layer(x, *args, **kwargs)
+        if self.replaced:
+            return self._forward_replaced(x, next(iter(self.specs)))
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in self._adapters_to_run():
+            delta = self._delta_output(x, adapter_name)
+            rank_dropout = self.specs[adapter_name].rank_dropout
+            if self.training and rank_dropout:
+                delta = self._drop_output_features(delta, rank_dropout)
+            result = result + delta
+        return result.to(dtype)
+
+    def _delta_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What one adapter adds to the base layer's output."""
+        raise NotImplementedError
+
+    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
+        """The layer's output with the composed weight in place of its own."""
+        raise NotImplementedError
+
+    def _drop_output_features(self, delta: Tensor, p: float) -> Tensor:
+        """Inverted dropout of whole output features (the last dimension here)."""
+        return delta * _inverted_mask(delta, delta.shape[-1], p)
+
+    def _base_alone(self) -> bool:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.disable_adapters or self.merged
+
+    def _adapters_to_run(self) -> list[str]:
+        names = [name for name in self.active_adapters if name in self.specs]
+        if not self.training:
+            return names
+        return [n for n in names if not _chance(self.specs[n].module_dropout)]
+
+    # What PEFT expects of a layer.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of an adapter to ``scale · alpha / r``."""
+        if adapter in self.specs:
+            self._refuse_if_replaced("set_scale", "a replaced weight has no W₀ to scale against")
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for name in self.active_adapters:
+            if scale != 1 and name in self.specs:
+                self._refuse_if_replaced("scale_layer", "there is no W₀ to scale against")
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo :meth:`scale_layer`; without ``scale`` go back to ``alpha / r``."""
+        for name in self.active_adapters:
+            if name in self.specs:
+                if scale is None:
+                    self.scaling[name] = self.alpha[name] / self.r[name]
+                else:
+                    self.scaling[name] /= scale
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn the adapters on or off; a replaced weight cannot be turned off."""
+        if not enabled:
+            self._refuse_if_replaced(
+                "disabling adapters", "the factors are the weight; build the plain model instead"
+            )
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a replaced weight cannot be removed."""
+        if adapter_name in self.specs:
+            self._refuse_if_replaced(
+                "delete_adapter", "the factors are the weight; use merge_and_unload() first"
+            )
+        super().delete_adapter(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may approximate this adapter by a LoRA: matrices over a frozen weight."""
+        return self.kind == "linear" and not self.replaced
+
+    def extra_repr(self) -> str:
+        """Name the quantization back-end."""
+        return quantization_extra_repr(self)
+
+    # Private.
+
+    def _refuse_if_replaced(self, what: str, instead: str) -> None:
+        if self.replaced:
+            raise ReplacedWeightError(f"{what} is not possible: base_weight='replaced', {instead}")
+
+    def _draw(self, adapter_name: str, name: str, which: Any) -> None:
+        spec = self.specs[adapter_name]
+        plan = spec.plans[name]
+        variance = plan.shape.variance
+        if not spec.replaced:
+            variance = 2 * plan.shape.out_features / plan.shape.numel
+        variances = half_variances(variance, spec.parameterization, spec.nonlinearity)
+        for index in which:
+            std = factor_std(
+                variances[index], plan.r, kernel=bool(plan.kernel), nonlinearity=spec.nonlinearity
+            )
+            for factor in self.halves(adapter_name, name)[index].tensors():
+                fill_normal(factor, std)
+
+    @torch.no_grad()
+    def _merge_delta(self, adapter_name: str, name: str) -> Tensor:
+        """The composed weight, in at least float32: merging happens once, so it may be exact."""
+        spec = self.specs[adapter_name]
+        halves = [
+            half.to(torch.promote_types(half.x.dtype, torch.float32))
+            for half in self.halves(adapter_name, name)
+        ]
+        weight = compose(halves, spec.parameterization, spec.nonlinearity)
+        weight = self.to_base_layout(weight, spec.plans[name].shape)
+        if spec.replaced:
+            return weight.to(self.halves(adapter_name, name)[0].x.dtype)
+        return weight * self.scaling[adapter_name]
+
+    def _get_base_tensor(self, name: str) -> Tensor:
+        if name == "weight":
+            return self.get_base_weight()
+        return getattr(self.get_base_layer(), name).data
+
+    def _set_base_tensor(self, name: str, value: Tensor) -> None:
+        base_layer = self.get_base_layer()
+        if self.replaced:
+            setattr(base_layer, name, nn.Parameter(value))
+        elif name == "weight":
+            self.set_base_weight(value)
+        else:
+            getattr(base_layer, name).data.copy_(value)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        # Recurrent layers have no `weight`, and a freed one says nothing.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:
+            for parameter in base_layer.parameters():
+                return parameter.device, parameter.dtype
+        return device, dtype
+
+
+@contextmanager
+def composed_weights(model: nn.Module) -> Iterator[dict[str, ComposedWeight]]:
+    """Collect the composed weights of the forward passes inside the block, by layer name.
+
+    While it is open every layer composes its weight (no faster path is taken), so that the loss's
+    gradient with respect to the composed weight exists.
+    """
+    found: dict[str, ComposedWeight] = {}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FedParaLayer)]
+    try:
+        for _, layer in layers:
+            layer._composed = {}
+        yield found
+        for name, layer in layers:
+            found.update({f"{name}.{key}": w for key, w in (layer._composed or {}).items()})
+    finally:
+        for _, layer in layers:
+            layer._composed = None
+
+
+def _factor_shape(plan: WeightPlan, position: int) -> tuple[int, ...]:
+    return ((plan.rows, plan.r), (plan.columns, plan.r), (plan.r, plan.r, *plan.kernel))[position]
+
+
+def _chance(p: float) -> bool:
+    return p > 0 and bool(torch.rand(()) < p)
+
+
+def _inverted_mask(like: Tensor, size: int, p: float) -> Tensor:
+    """Keep with probability 1 - p, scaled by 1 / (1 - p): right in the mean, 0 when all drop."""
+    if p == 1:
+        return like.new_zeros(size)
+    return torch.empty(size, dtype=like.dtype, device=like.device).bernoulli_(1 - p) / (1 - p)

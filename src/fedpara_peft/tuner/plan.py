@@ -1,0 +1,111 @@
+"""Which weights of a layer are factorized, and at which rank; decided before injection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..maths.rank import (
+    low_rank_matching,
+    parameter_count,
+    rank_bounds,
+    rank_for_gamma,
+)
+from ._peft import get_pattern_key
+from .config import FedParaConfig
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """A weight that can be factorized, as the maths sees it.
+
+    Attributes:
+        out_features: M.
+        in_features: N (input channels of one group for a grouped convolution).
+        kernel: kernel size, empty for a matrix.
+        variance: the variance that a freshly initialized weight of this kind shall have.
+    """
+
+    out_features: int
+    in_features: int
+    kernel: tuple[int, ...] = ()
+    variance: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """Parameters of the dense weight."""
+        return self.out_features * self.in_features * math.prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """How one weight is factorized.
+
+    Attributes:
+        shape: the dense weight.
+        r: inner rank.
+        rows: M, rows of X.
+        columns: rows of Y: N, or ``N · K`` where a kernel is reshaped to a matrix (Prop. 1).
+        kernel: kernel of the core T (Prop. 3); empty where there is none.
+        parameters: number of factor entries.
+    """
+
+    shape: WeightShape
+    r: int
+    rows: int
+    columns: int
+    kernel: tuple[int, ...]
+    parameters: int
+
+
+def plan_layer(
+    config: FedParaConfig, key: str, shapes: Mapping[str, WeightShape]
+) -> dict[str, WeightPlan]:
+    """Plan the weights of one layer; a weight that stays dense is left out.
+
+    In replaced mode a weight stays dense where factorizing saves nothing: with γ where
+    ``r_max < r_min``, with a given rank where the factors would outnumber the weight. A frozen
+    base weight is never in question: there γ on a tiny weight gives ``max(1, r_max)``.
+
+    Args:
+        config: the adapter's configuration.
+        key: full name of the module, for ``rank_pattern``.
+        shapes: the layer's weights by name.
+    """
+    plans = {}
+    for name, shape in shapes.items():
+        plan = _plan_weight(config, key, shape)
+        if plan is not None:
+            plans[name] = plan
+    return plans
+
+
+def alpha_for(config: FedParaConfig, key: str) -> float | None:
+    """The alpha of a layer, by ``alpha_pattern``; None means scale 1."""
+    pattern = get_pattern_key(list(config.alpha_pattern), key)
+    return config.alpha_pattern.get(pattern, config.alpha)
+
+
+def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightPlan | None:
+    m, n, kernel = shape.out_features, shape.in_features, shape.kernel
+    if not config.use_effective_conv2d or math.prod(kernel) == 1:
+        n, kernel = n * math.prod(kernel), ()
+    replaced = config.base_weight == "replaced"
+    explicit = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key))
+    if explicit is not None or config.gamma is None:
+        r = config.r if explicit is None else explicit
+    else:
+        low, high = rank_bounds(m, n, kernel)
+        if low <= high:
+            r = rank_for_gamma(config.gamma, m, n, kernel)
+        elif replaced:
+            return None
+        else:
+            r = max(1, high)
+        if config.parameterization == "lowrank":
+            r = low_rank_matching(r, m, n, kernel)
+    count = parameter_count(r, m, n, kernel, config.parameterization)
+    if replaced and count > shape.numel:
+        return None
+    return WeightPlan(shape, r, m, n, kernel, count)
