@@ -22,7 +22,14 @@ from .federation.strategies import FedAvg, Strategy
 from .federation.trainer import FederatedTrainer
 from .maths.errors import FedParaError, RankError
 from .maths.rank import parameter_count, rank_bounds, rank_for_gamma, rank_for_ratio
-from .tuner import FedParaConfig, FedParaLayer, FedParaModel
+from .tuner import (
+    FedParaConfig,
+    FedParaLayer,
+    FedParaModel,
+    composed_weights,
+    fedpara_summary,
+    jacobian_correction,
+)
 from .tuner.errors import (
     CheckpointError,
     ConfigError,
@@ -58,6 +65,9 @@ __all__ = [
     "UnsupportedLayerError",
     "accuracy",
     "communicated_state",
+    "composed_weights",
+    "fedpara_summary",
+    "jacobian_correction",
     "load_communicated_state",
     "load_local",
     "load_local_state",

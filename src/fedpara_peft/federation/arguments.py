@@ -34,6 +34,9 @@ class FederatedArguments:
     max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clip the gradient's norm to this; None does not clip."}
     )
+    jacobian_correction: float = field(
+        default=0.0, metadata={"help": "Strength of the Jacobian correction; 0: off."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
     eval_every: int = field(
         default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
@@ -72,6 +75,10 @@ class FederatedArguments:
         if self.clients_per_round is not None and self.clients_per_round < 1:
             raise ArgumentsError(
                 f"clients_per_round must be at least 1, got {self.clients_per_round}"
+            )
+        if self.jacobian_correction < 0:
+            raise ArgumentsError(
+                f"jacobian_correction must not be negative, got {self.jacobian_correction}"
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ArgumentsError(

@@ -11,6 +11,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..comm.state import State
+from ..tuner.jacobian import jacobian_correction
+from ..tuner.layer import composed_weights
 from .arguments import FederatedArguments
 from .batches import Collator, batches
 from .errors import RoundError
@@ -66,10 +68,8 @@ def train_client(
             for batch in batches(dataset, args.per_client_batch_size, collator, order):
                 batch = send_to_device(batch, accelerator.device)
                 optimizer.zero_grad(set_to_none=True)
-                with accelerator.autocast():
-                    output = compute_loss(model, batch)
-                loss = output[0] if isinstance(output, tuple) else output
-                accelerator.backward(loss)
+                loss, penalty = _loss(model, batch, compute_loss, accelerator, args, round)
+                accelerator.backward(loss + penalty)
                 if args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
                 optimizer.step()
@@ -83,6 +83,31 @@ def train_client(
             f"(now {args.learning_rate_at(round):.3g}) or set max_grad_norm"
         )
     return mean
+
+
+def _loss(
+    model: nn.Module,
+    batch: Any,
+    compute_loss: LossFunction,
+    accelerator: Accelerator,
+    args: FederatedArguments,
+    round: int,
+) -> tuple[Tensor, Tensor | float]:
+    """The batch's loss and what regularizers add to it."""
+    if args.jacobian_correction == 0:
+        return _forward(model, batch, compute_loss, accelerator), 0.0
+    with composed_weights(model) as composed:
+        loss = _forward(model, batch, compute_loss, accelerator)
+        rate = args.learning_rate_at(round)
+        return loss, jacobian_correction(loss, composed, rate, args.jacobian_correction)
+
+
+def _forward(
+    model: nn.Module, batch: Any, compute_loss: LossFunction, accelerator: Accelerator
+) -> Tensor:
+    with accelerator.autocast():
+        output = compute_loss(model, batch)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def difference(state: State, broadcast: State) -> State:

@@ -140,7 +140,7 @@ def low_rank_matching(
         RankError: ``r`` or a size is below 1.
     """
     m, n, k = _sizes(out_features, in_features, kernel_size)
-    return _least_rank_reaching(parameter_count(r, m, n, k), 1, m, n, k, "lowrank")
+    return _least_rank_reaching(parameter_count(r, m, n, (k,)), 1, m, n, k, "lowrank")
 
 
 def check_rank(r: int) -> None:

@@ -2,9 +2,18 @@
 
 from ._peft import register
 from .config import FedParaConfig
-from .layer import FedParaLayer
+from .jacobian import jacobian_correction
+from .layer import FedParaLayer, composed_weights
 from .model import FedParaModel
+from .summary import fedpara_summary
 
 register(FedParaConfig, FedParaModel, FedParaLayer)
 
-__all__ = ["FedParaConfig", "FedParaLayer", "FedParaModel"]
+__all__ = [
+    "FedParaConfig",
+    "FedParaLayer",
+    "FedParaModel",
+    "composed_weights",
+    "fedpara_summary",
+    "jacobian_correction",
+]

@@ -46,7 +46,7 @@ class Embedding(FedParaLayer):
     def _rows(self, ids: Tensor, adapter_name: str) -> Tensor:
         """Rows ``ids`` of the composed table: the factor X is looked up, Y is shared."""
         spec = self.specs[adapter_name]
-        if self._composed is not None:
+        if self._recording is not None:
             return F.embedding(ids, self.get_delta_weight(adapter_name))
         halves = [
             Half(F.embedding(ids.reshape(-1), half.x), half.y) for half in self.halves(adapter_name)

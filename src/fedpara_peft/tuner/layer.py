@@ -6,8 +6,9 @@ weights and its forward pass.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,7 +62,7 @@ class ComposedWeight:
 
     weight: Tensor
     halves: tuple[Half, ...]
-    spec: AdapterSpec
+    recompose: Callable[[Sequence[Half]], Tensor]
 
 
 class FedParaLayer(nn.Module, BaseTunerLayer):
@@ -106,7 +107,7 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self._composed: dict[str, ComposedWeight] | None = None
+        self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, plans=plans, alpha=alpha)
 
@@ -203,15 +204,15 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str, name: str = "weight") -> Tensor:
         """The composed weight in the base layer's layout: ``(alpha / r) ΔW`` frozen, W replaced."""
-        spec = self.specs[adapter_name]
         halves = self.halves(adapter_name, name)
-        weight = compose(halves, spec.parameterization, spec.nonlinearity)
-        weight = self.to_base_layout(weight, spec.plans[name].shape)
-        if not spec.replaced and self.scaling[adapter_name] != 1:
-            weight = weight * self.scaling[adapter_name]
-        if self._composed is not None:
-            self._composed[f"{adapter_name}.{name}"] = ComposedWeight(weight, halves, spec)
-        return weight
+        if self._recording is None:
+            return self._compose(adapter_name, name, halves)
+        prefix, found = self._recording
+        key = f"{prefix}.{adapter_name}.{name}"
+        if key not in found:  # a layer that is called twice has one weight, with one gradient
+            recompose = functools.partial(self._compose, adapter_name, name)
+            found[key] = ComposedWeight(recompose(halves), halves, recompose)
+        return found[key].weight
 
     @property
     def replaced(self) -> bool:
@@ -370,6 +371,14 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
 
     # Private.
 
+    def _compose(self, adapter_name: str, name: str, halves: Sequence[Half]) -> Tensor:
+        spec = self.specs[adapter_name]
+        weight = compose(halves, spec.parameterization, spec.nonlinearity)
+        weight = self.to_base_layout(weight, spec.plans[name].shape)
+        if not spec.replaced and self.scaling[adapter_name] != 1:
+            weight = weight * self.scaling[adapter_name]
+        return weight
+
     def _refuse_if_replaced(self, what: str, instead: str) -> None:
         if self.replaced:
             raise ReplacedWeightError(f"{what} is not possible: base_weight='replaced', {instead}")
@@ -391,16 +400,11 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merge_delta(self, adapter_name: str, name: str) -> Tensor:
         """The composed weight, in at least float32: merging happens once, so it may be exact."""
-        spec = self.specs[adapter_name]
-        halves = [
-            half.to(torch.promote_types(half.x.dtype, torch.float32))
-            for half in self.halves(adapter_name, name)
-        ]
-        weight = compose(halves, spec.parameterization, spec.nonlinearity)
-        weight = self.to_base_layout(weight, spec.plans[name].shape)
-        if spec.replaced:
-            return weight.to(self.halves(adapter_name, name)[0].x.dtype)
-        return weight * self.scaling[adapter_name]
+        halves = self.halves(adapter_name, name)
+        dtype = halves[0].x.dtype
+        wide = [half.to(torch.promote_types(dtype, torch.float32)) for half in halves]
+        weight = self._compose(adapter_name, name, wide)
+        return weight.to(dtype) if self.replaced else weight
 
     def _get_base_tensor(self, name: str) -> Tensor:
         if name == "weight":
@@ -427,22 +431,21 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
 
 @contextmanager
 def composed_weights(model: nn.Module) -> Iterator[dict[str, ComposedWeight]]:
-    """Collect the composed weights of the forward passes inside the block, by layer name.
+    """Collect the composed weights of the forward pass inside the block, by layer name.
 
-    While it is open every layer composes its weight (no faster path is taken), so that the loss's
-    gradient with respect to the composed weight exists.
+    While it is open every layer composes its weight (no faster path is taken) and reuses it if it
+    is called again, so that the loss's gradient with respect to the composed weight exists. One
+    block is for one loss: open a new one after the factors have changed.
     """
     found: dict[str, ComposedWeight] = {}
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FedParaLayer)]
     try:
-        for _, layer in layers:
-            layer._composed = {}
-        yield found
         for name, layer in layers:
-            found.update({f"{name}.{key}": w for key, w in (layer._composed or {}).items()})
+            layer._recording = (name, found)
+        yield found
     finally:
         for _, layer in layers:
-            layer._composed = None
+            layer._recording = None
 
 
 def _factor_shape(plan: WeightPlan, position: int) -> tuple[int, ...]:

@@ -53,7 +53,9 @@ class Recurrent(FedParaLayer):
         base_layer = self.get_base_layer()
         if self._base_alone():
             return self.base_layer(x, *args, **kwargs)
-        # Loading with assign=True leaves stale references in the list; swapping would keep them.
+        # Loading with assign=True leaves stale references, at which the base layer's forward would
+        # rebuild the list in the middle of the swap.
+        base_layer._update_flat_weights()
         weights = [getattr(base_layer, name) for name in base_layer._flat_weights_names]
         position = {name: i for i, name in enumerate(base_layer._flat_weights_names)}
         dtype = next(w.dtype for w in (*weights, x.data) if w is not None)

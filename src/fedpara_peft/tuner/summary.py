@@ -1,0 +1,170 @@
+"""A table of what is factorized, at which rank, and what is communicated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..maths.compose import reachable_rank
+from .layer import FedParaLayer
+from .plan import WeightPlan
+from .scope import Scope, base_name, tensor_scopes
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One factorized weight, or the trained tensors of a module that stays dense.
+
+    Attributes:
+        name: name in the plain model.
+        kind: layer kind, or the module's class where it stays dense.
+        shape: the dense weight's shape; empty for a dense module.
+        r: inner rank; None for a dense module.
+        reachable: the largest rank the weight can reach, as ``reached/full`` over its output and
+            its input unfolding; None for a dense module.
+        parameters: trained entries.
+        dense_parameters: entries of the dense weight.
+        scope: global, local, or both.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    r: int | None
+    reachable: str | None
+    parameters: int
+    dense_parameters: int
+    scope: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows; ``print`` shows the table."""
+
+    rows: tuple[SummaryRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trained entries of the model."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries that the same parts of the plain model have."""
+        return sum(row.dense_parameters for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("weight", "kind", "shape", "r", "rank", "trained", "dense", "share", "scope")
+        cells = [
+            (
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)) or "-",
+                "-" if row.r is None else str(row.r),
+                row.reachable or "-",
+                f"{row.parameters:,}",
+                f"{row.dense_parameters:,}",
+                f"{row.parameters / row.dense_parameters:.1%}",
+                row.scope,
+            )
+            for row in self.rows
+        ]
+        share = self.parameters / self.dense_parameters if self.rows else math.nan
+        total = ("total", "", "", "", "", f"{self.parameters:,}", f"{self.dense_parameters:,}")
+        cells.append((*total, f"{share:.1%}", ""))
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        left = {0, 1, 8}
+        return "\n".join(
+            "  ".join(
+                text.ljust(width) if i in left else text.rjust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in [header, *cells]
+        )
+
+
+def fedpara_summary(model: nn.Module, adapter_name: str | None = None) -> Summary:
+    """Summarize what of a model is trained, layer by layer.
+
+    Factorized weights first name their inner rank and the rank they can reach: a convolution at
+    ``r_min`` with unequal channels reaches full rank in its smaller channel unfolding only, so both
+    unfoldings are shown. Modules that stay dense (also those that factorizing would not make
+    smaller) follow with the entries they train.
+
+    Args:
+        model: a model with FedPara adapters.
+        adapter_name: adapter to describe; the active one by default.
+    """
+    scopes = tensor_scopes(model)
+    parameters = dict(model.named_parameters())
+    rows, counted = [], set()
+    for name, module in model.named_modules():
+        if not isinstance(module, FedParaLayer):
+            continue
+        for adapter in [adapter_name] if adapter_name else module.active_adapters:
+            for weight, plan in (
+                module.specs[adapter].plans.items() if adapter in module.specs else ()
+            ):
+                ending = f".{adapter}.{weight}"
+                own = [
+                    n for n in parameters if n.startswith(f"{name}.fedpara_") and n.endswith(ending)
+                ]
+                counted.update(own)
+                rows.append(_factorized_row(name, module, adapter, weight, plan, own, scopes))
+    for name, module in model.named_modules():
+        own = [
+            f"{name}.{n}" if name else n
+            for n, p in module.named_parameters(recurse=False)
+            if p.requires_grad
+        ]
+        own = [n for n in own if n in scopes and n not in counted and ".fedpara_" not in n]
+        if own:
+            count = sum(parameters[n].numel() for n in own)
+            plain = base_name(name) or "(model)"
+            # What a factorized layer keeps beside its factors is its biases.
+            rest = "bias" if name.endswith(".base_layer") else "dense"
+            kind = f"{type(module).__name__}, {rest}"
+            rows.append(SummaryRow(plain, kind, (), None, None, count, count, _scope(own, scopes)))
+    return Summary(tuple(rows))
+
+
+def _factorized_row(
+    name: str,
+    layer: FedParaLayer,
+    adapter: str,
+    weight: str,
+    plan: WeightPlan,
+    own: list[str],
+    scopes: Mapping[str, Scope],
+) -> SummaryRow:
+    spec, shape = layer.specs[adapter], plan.shape
+    bound = reachable_rank((plan.r, plan.r), spec.parameterization, spec.nonlinearity)
+    k = math.prod(shape.kernel)
+    # A kernel reshaped to a matrix (Prop. 1) has only its output unfolding bounded by the ranks.
+    over_outputs = (shape.out_features, shape.in_features * k)
+    over_inputs = (shape.in_features, shape.out_features * k)
+    bounded = plan.kernel or k == 1
+    reached = (
+        min(*over_outputs, *([] if bound is None else [bound])),
+        min(*over_inputs, *([bound] if bound is not None and bounded else [])),
+    )
+    full = (min(over_outputs), min(over_inputs))
+    texts = [f"{r}/{f}" for r, f in zip(reached, full, strict=True)]
+    plain = base_name(name)
+    return SummaryRow(
+        name=plain if weight == "weight" else f"{plain}.{weight}",
+        kind=layer.kind,
+        shape=(shape.out_features, shape.in_features, *shape.kernel),
+        r=plan.r,
+        reachable=texts[0] if texts[0] == texts[1] else ", ".join(texts),
+        parameters=plan.parameters,
+        dense_parameters=shape.numel,
+        scope=_scope(own, scopes) or "frozen",
+    )
+
+
+def _scope(names: list[str], scopes: Mapping[str, Scope]) -> str:
+    return "+".join(sorted({str(scopes[n]) for n in names if n in scopes}))

@@ -1,0 +1,78 @@
+"""Partitions cover the data once, follow their law and say what they cannot do."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+from fedpara_peft import PartitionError, partition
+
+LABELS = np.repeat(np.arange(5), 40)
+DATA = TensorDataset(torch.arange(200.0), torch.tensor(LABELS))
+ROWS = Dataset.from_dict({"x": list(range(200)), "label": LABELS.tolist()})
+
+
+def values(client):
+    return [int(row[0]) if isinstance(row, tuple) else row["x"] for row in client]
+
+
+@pytest.mark.parametrize("data", [DATA, ROWS], ids=["torch", "datasets"])
+@pytest.mark.parametrize(("scheme", "args"), [("iid", {}), ("dirichlet", {"concentration": 1.0})])
+def test_every_example_once_and_reproducible(data, scheme, args):
+    clients = partition(data, scheme, 7, seed=3, **args)
+    assert len(clients) == 7
+    assert sorted(v for c in clients for v in values(c)) == list(range(200))
+    again, other = (partition(data, scheme, 7, seed=s, **args) for s in (3, 4))
+    assert [values(c) for c in again] == [values(c) for c in clients]
+    assert [values(c) for c in other] != [values(c) for c in clients]
+
+
+def test_iid_sizes_differ_by_one_at_most():
+    sizes = {len(c) for c in partition(DATA, "iid", 7)}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.floats(0.01, 20), st.integers(1, 30), st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore:.*clients drew fewer")
+def test_dirichlet_leaves_nobody_empty(concentration, num_clients, seed):
+    clients = partition(DATA, "dirichlet", num_clients, seed, concentration=concentration)
+    assert min(len(c) for c in clients) >= 1
+    assert sum(len(c) for c in clients) == 200
+
+
+@pytest.mark.filterwarnings("ignore:.*clients drew fewer")
+def test_concentration_sets_the_skew():
+    def skew(concentration):
+        clients = partition(DATA, "dirichlet", 10, concentration=concentration)
+        shares = [np.bincount(LABELS[values(c)], minlength=5).max() / len(c) for c in clients]
+        return np.mean(shares)
+
+    assert skew(0.05) > 0.75 > 0.35 > skew(100)
+
+
+def test_filling_up_is_said():
+    with pytest.warns(UserWarning, match="drew fewer than 5 examples"):
+        clients = partition(DATA, "dirichlet", 10, concentration=0.05, min_examples=5)
+    assert min(len(c) for c in clients) == 5
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: partition(DATA, "sorted", 3), "unknown scheme 'sorted': use one of"),
+        (lambda: partition(DATA, "iid", 0), "num_clients must be at least 1"),
+        (lambda: partition(DATA, "iid", 201), "use fewer clients"),
+        (lambda: partition(DATA, "dirichlet", 50, min_examples=5), "use fewer clients"),
+        (lambda: partition(DATA, "dirichlet", 3, concentration=0), "must be positive"),
+        (lambda: partition(DATA, "dirichlet", 3, alpha=1), "unexpected keyword argument 'alpha'"),
+        (lambda: partition(ROWS, "dirichlet", 3, label_column="y"), "give label_column"),
+        (lambda: partition(list(range(9)), "dirichlet", 3), "give labels"),
+        (lambda: partition(DATA, "dirichlet", 3, labels=[1, 2]), "one label per example"),
+    ],
+)
+def test_errors_name_the_remedy(call, says):
+    with pytest.raises(PartitionError, match=says):
+        call()

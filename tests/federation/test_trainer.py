@@ -1,0 +1,287 @@
+"""The round against the same thing written out, and what the trainer promises about bytes."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.zoo import adapted, mlp
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedpara_peft import (
+    ArgumentsError,
+    ClientDataError,
+    FederatedArguments,
+    FederatedCallback,
+    FederatedTrainer,
+    History,
+    RoundError,
+    accuracy,
+    communicated_state,
+    partition,
+)
+from fedpara_peft.comm.payload import encode
+from fedpara_peft.federation.random import derived_seed, torch_generator
+from fedpara_peft.federation.sampling import sample_cohort
+
+
+def toy(examples=120, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 16, generator=generator)
+    return TensorDataset(x, (x @ torch.randn(16, 4, generator=generator)).argmax(1))
+
+
+def arguments(tmp_path, **changes):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "num_rounds": 3,
+        "clients_per_round": 3,
+        "per_client_batch_size": 8,
+        "num_local_epochs": 2,
+        "disable_tqdm": True,
+    }
+    return FederatedArguments(**{**defaults, **changes})
+
+
+def slow_fedavg(model, args, clients):
+    """FedAvg written out: load_state_dict, a new SGD a client, weights averaged in float64."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    for number in range(args.num_rounds):
+        cohort = sample_cohort(len(clients), args.clients_per_round, args.seed, number)
+        total = sum(len(clients[i]) for i in cohort)
+        sums = {k: torch.zeros(v.shape, dtype=torch.float64) for k, v in state.items()}
+        for i in cohort:
+            model.load_state_dict(state)
+            model.train()
+            optimizer = torch.optim.SGD(
+                [p for p in model.parameters() if p.requires_grad],
+                lr=args.learning_rate * args.learning_rate_decay**number,
+                momentum=args.momentum,
+                weight_decay=args.weight_decay,
+            )
+            torch.manual_seed(derived_seed(args.seed, number, i, "training"))
+            for epoch in range(args.num_local_epochs):
+                generator = torch_generator(args.seed, number, i, f"batches {epoch}")
+                order = torch.randperm(len(clients[i]), generator=generator)
+                for part in order.split(args.per_client_batch_size):
+                    rows = [clients[i][j] for j in part.tolist()]
+                    x, y = (torch.stack(column) for column in zip(*rows, strict=True))
+                    loss = nn.functional.cross_entropy(model(x), y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    if args.max_grad_norm:
+                        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+            for k, v in model.state_dict().items():
+                sums[k] += v.double() * len(clients[i]) / total
+        state = {
+            k: (v if state[k].is_floating_point() else v.round()).to(state[k].dtype)
+            for k, v in sums.items()
+        }
+    return state
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.01, "learning_rate_decay": 0.5},
+        {"max_grad_norm": 0.1, "seed": 7, "per_client_batch_size": 500, "clients_per_round": 5},
+    ],
+)
+@pytest.mark.parametrize("kind", ["dense", "fedpara", "lora"])
+def test_fedavg_is_fedavg(tmp_path, kind, settings):
+    clients = partition(toy(), "dirichlet", 5, concentration=5.0)
+
+    def build():
+        if kind == "dense":
+            return mlp()
+        if kind == "lora":
+            return get_peft_model(mlp(norm=False), LoraConfig(target_modules=["0", "2"], r=2))
+        return adapted(mlp())
+
+    args = arguments(tmp_path, **settings)
+    expected = slow_fedavg(build(), args, clients)
+    model = build()
+    FederatedTrainer(model, args, clients).train()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_one_client_with_one_step_is_central_sgd(tmp_path):
+    data = toy()
+    args = arguments(
+        tmp_path, num_rounds=4, clients_per_round=1, num_local_epochs=1, per_client_batch_size=120
+    )
+    model = mlp(norm=False)
+    FederatedTrainer(model, args, [data]).train()
+    central = mlp(norm=False)
+    optimizer = torch.optim.SGD(central.parameters(), lr=args.learning_rate)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(central(data.tensors[0]), data.tensors[1]).backward()
+        optimizer.step()
+    for p, q in zip(model.parameters(), central.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_same_seed_same_bits(tmp_path):
+    def run(seed):
+        model = adapted(mlp())
+        clients = partition(toy(), "iid", 5)
+        FederatedTrainer(model, arguments(tmp_path, seed=seed), clients).train()
+        return torch.cat([v.double().flatten() for v in model.state_dict().values()])
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+@pytest.mark.parametrize("kind", ["dense", "fedpara", "lowrank"])
+def test_bytes_are_the_payloads_lengths(tmp_path, kind):
+    model = mlp(norm=False) if kind == "dense" else adapted(mlp(norm=False), parameterization=kind)
+    trainer = FederatedTrainer(model, arguments(tmp_path), partition(toy(), "iid", 6))
+    history = trainer.train()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    payload = encode(communicated_state(model))
+    assert payload.tensor_bytes == 4 * parameters
+    for report in history:
+        assert report.uplink_bytes == report.downlink_bytes == 3 * len(payload.data)
+        assert report.header_bytes == 6 * payload.header_bytes
+    assert history.total_bytes == trainer.ledger.total_bytes() == 18 * len(payload.data)
+
+
+def test_history_and_evaluation(tmp_path):
+    train, test = toy(), toy(40, seed=0)
+    model = adapted(mlp())
+    args = arguments(tmp_path, num_rounds=5, eval_every=2, save_every=2, learning_rate=0.2)
+    clients = dict(zip("abcdef", partition(train, "iid", 6), strict=True))
+    trainer = FederatedTrainer(model, args, clients, test, compute_metrics=accuracy)
+    history = trainer.train()
+    assert trainer.client_names == list("abcdef")
+    assert [r.round for r in history] == [1, 2, 3, 4, 5]
+    assert [round for round, _, _ in history.curve("eval_accuracy")] == [2, 4, 5]
+    assert history[-1].metrics == trainer.evaluate()  # the global model is left in place
+    model.eval()
+    right = (model(test.tensors[0]).argmax(1) == test.tensors[1]).double().mean()
+    assert history[-1].metrics["eval_accuracy"] == pytest.approx(float(right))
+    assert history[-1].train_loss < history[0].train_loss
+    reached = history[-1].metrics["eval_accuracy"]
+    assert history.bytes_to_target("eval_accuracy", reached) <= history.total_bytes
+    assert history.rounds_to_target("eval_accuracy", 0) == 2
+    assert history.bytes_to_target("eval_accuracy", 1.1) is None
+    assert History.load(tmp_path / "history.json") == history
+    saved = sorted(p.name for p in tmp_path.glob("round-*"))
+    assert saved == ["round-2", "round-4", "round-5"]
+    again = PeftModel.from_pretrained(mlp(seed=5), tmp_path / "round-5").eval()
+    assert torch.equal(again(test.tensors[0]), model(test.tensors[0]))
+
+
+def test_a_frozen_base_is_not_changed_by_its_clients(tmp_path):
+    """Batch-norm statistics of a frozen base start afresh for each client and end as they were."""
+    model = adapted(mlp(), base_weight="frozen")
+    before = {k: v.clone() for k, v in model.state_dict().items() if "fedpara_" not in k}
+    FederatedTrainer(model, arguments(tmp_path), partition(toy(), "iid", 3)).train()
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_datasets_collators_losses_callbacks_and_trackers(tmp_path):
+    x, y = toy().tensors
+    rows = Dataset.from_dict({"inputs": x.tolist(), "label": y.tolist()})
+    seen = []
+
+    class Watch(FederatedCallback):
+        def on_round_end(self, server, report):
+            seen.append((server.round, report.round))
+
+    plain = mlp(norm=False)
+    arrow = FederatedTrainer(
+        plain, arguments(tmp_path, report_to="tensorboard"), partition(rows, "iid", 4), rows,
+        callbacks=[Watch()], compute_metrics=accuracy,
+    )  # fmt: skip
+    history = arrow.train()
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+    def collate(items):
+        return {
+            "x": torch.tensor([i["inputs"] for i in items]),
+            "y": torch.tensor([i["label"] for i in items]),
+        }
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+    custom = mlp(norm=False)
+    FederatedTrainer(
+        custom, arguments(tmp_path), partition(rows, "iid", 4), rows, collate, compute_loss=loss
+    ).train()
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), custom.parameters(), strict=True)
+    )
+    assert history[-1].metrics["eval_loss"] > 0
+
+
+def test_saving_a_plain_model(tmp_path):
+    model = mlp()
+    trainer = FederatedTrainer(model, arguments(tmp_path, clients_per_round=1), [toy()])
+    trainer.save_model()
+    from safetensors.torch import load_model
+
+    other = mlp(seed=1)
+    load_model(other, tmp_path / "model.safetensors")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"client_fraction": 0.5}, "not both"),
+        ({"clients_per_round": None, "client_fraction": 1.5}, r"in \(0, 1\], got 1.5"),
+        ({"clients_per_round": 0}, "at least 1, got 0"),
+        ({"num_local_epochs": 0}, "num_local_epochs must be at least 1"),
+        ({"learning_rate_decay": 0.0}, "a decay of 1 keeps"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"max_grad_norm": 0.0}, "None does not clip"),
+    ],
+)
+def test_bad_arguments(tmp_path, changes, says):
+    with pytest.raises(ArgumentsError, match=says):
+        arguments(tmp_path, **changes)
+
+
+def test_bad_clients_and_models(tmp_path):
+    data = toy()
+    none = TensorDataset(torch.zeros(0, 16), torch.zeros(0, dtype=torch.long))
+    args = arguments(tmp_path, clients_per_round=1)
+    with pytest.raises(ClientDataError, match=r"1 clients have no data, first \['b'\]"):
+        FederatedTrainer(mlp(), args, {"a": data, "b": none})
+    with pytest.raises(ClientDataError, match="there are no clients"):
+        FederatedTrainer(mlp(), args, [])
+    with pytest.raises(ClientDataError, match=r"partition\(…\)"):
+        FederatedTrainer(mlp(), args, data)
+    with pytest.raises(ArgumentsError, match="only 2 clients"):
+        FederatedTrainer(mlp(), arguments(tmp_path), [data, data])
+    with pytest.raises(ArgumentsError, match="is_trainable=True"):
+        FederatedTrainer(mlp().requires_grad_(False), args, [data])
+    with pytest.raises(ArgumentsError, match="give eval_dataset"):
+        FederatedTrainer(mlp(), args, [data]).evaluate()
+    with pytest.raises(RoundError, match="lower learning_rate"):
+        FederatedTrainer(
+            mlp(), arguments(tmp_path, learning_rate=1e30, clients_per_round=1), [data]
+        ).train()
+
+
+def test_cohort_sizes():
+    assert FederatedArguments("x").cohort_size(7) == 7
+    assert FederatedArguments("x", client_fraction=0.16).cohort_size(100) == 16
+    assert FederatedArguments("x", client_fraction=0.01).cohort_size(10) == 1
+    draws = [sample_cohort(10, 3, 0, t) for t in range(200)]
+    assert all(sorted(set(d)) == d for d in draws)
+    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=10)
+    assert counts.min() > 30
+    assert json.dumps(draws[0])

@@ -1,0 +1,77 @@
+"""The configuration: what it accepts, what it refuses and how it says so."""
+
+import copy
+import json
+import pickle
+
+import pytest
+from peft import PeftConfig, PeftType
+from torch import nn
+
+from fedpara_peft import ConfigError, FedParaConfig, FedParaError
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"gamma": 1.2}, r"gamma must be in \[0, 1\], got 1.2"),
+        ({"r": 0}, "positive integer value but the value passed is 0"),
+        ({"rank_pattern": {"a": -1}}, "value passed is -1"),
+        ({"base_weight": "dropped"}, r"base_weight must be one of .*'frozen', 'replaced'"),
+        ({"parameterization": "lora"}, "parameterization must be one of"),
+        ({"nonlinearity": "relu"}, "nonlinearity must be one of"),
+        ({"parameterization": "lowrank", "nonlinearity": "tanh"}, "needs two halves"),
+        ({"bias": "lora_only"}, "bias must be one of"),
+        ({"rank_dropout": 1.5}, r"rank_dropout must be in \[0, 1\]"),
+        ({"init_weights": "gaussian"}, "init_weights must be True or False"),
+        ({"target_modules": ".*", "layers_to_transform": [1]}, "target_modules as a list"),
+        ({"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+        ({"base_weight": "replaced", "alpha": 4}, "alpha=4 has no meaning.*leave alpha out"),
+        ({"base_weight": "replaced", "alpha_pattern": {"a": 2}}, "alpha_pattern=.* no meaning"),
+        ({"base_weight": "replaced", "modules_to_save": ["a"]}, "trained and saved already"),
+        ({"base_weight": "replaced", "bias": "all"}, "every bias is trained"),
+        ({"base_weight": "replaced", "rank_dropout": 0.1}, "put nn.Dropout in the model"),
+        ({"base_weight": "replaced", "init_weights": False}, "no identity to start from"),
+    ],
+)
+def test_refusals(fields, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        FedParaConfig(**fields)
+    assert isinstance(caught.value, FedParaError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_save_and_load(tmp_path):
+    config = FedParaConfig(
+        gamma=0.3, base_weight="replaced", parameterization="pfedpara", nonlinearity="tanh",
+        target_modules=["a", "b"], rank_pattern={"a": 5}, local_modules=["head"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "FEDPARA"
+    assert FedParaConfig.from_pretrained(tmp_path) == config
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), FedParaConfig)
+
+
+def test_the_enum_member_is_a_real_one():
+    member = PeftType("FEDPARA")
+    assert member is PeftType.FEDPARA
+    assert member in list(PeftType)
+    assert "FEDPARA" in PeftType.__members__
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert copy.deepcopy(member) is member
+    assert json.dumps(member) == '"FEDPARA"'
+    assert {member: 1}[PeftType.FEDPARA] == 1
+
+
+def test_peft_and_torch_offer_what_we_reach_into():
+    """If a new version breaks one of these, tuner/_peft.py and tuner/recurrent.py need a look."""
+    import peft.tuners.tuners_utils as utils
+    from peft.tuners.mixed import model as mixed
+
+    for name in ("_ExcludedModule", "_find_minimal_target_modules", "_is_key_under_prefixes"):
+        assert hasattr(utils, name)
+    assert PeftType.FEDPARA in mixed.COMPATIBLE_TUNER_TYPES
+    assert "fedpara_" in mixed.PREFIXES
+    rnn = nn.LSTM(2, 3)
+    assert rnn._flat_weights_names[0] == "weight_ih_l0"
+    assert hasattr(nn.Conv2d(1, 1, 1), "_conv_forward")
