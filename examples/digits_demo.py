@@ -34,7 +34,7 @@ STYLES = {
 class DemoArguments:
     """What the demo trains."""
 
-    gamma: float = field(default=0.1, metadata={"help": "FedPara's rank ratio."})
+    gamma: float = field(default=0.0, metadata={"help": "FedPara's rank ratio."})
     num_clients: int = field(default=20, metadata={"help": "Clients."})
     concentration: float = field(default=0.5, metadata={"help": "Dirichlet's; small is skewed."})
     target: float = field(default=0.9, metadata={"help": "Accuracy to count the bytes to."})

@@ -47,6 +47,7 @@ KINDS = {
     "rnn": (lambda: nn.RNN(12, 16, nonlinearity="relu"), lambda: torch.randn(4, 2, 12)),
 }
 MODES = ("frozen", "replaced")
+PATHS = ("auto", "compose", "khatri_rao")
 FORMS = [
     ("fedpara", None),
     ("fedpara", "tanh"),
@@ -88,6 +89,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06}
 CASES = st.tuples(
     st.sampled_from(list(KINDS)), st.sampled_from(MODES), st.sampled_from(FORMS),
     st.sampled_from(list(TOLERANCE)), st.integers(0, 3), st.booleans(),
+    st.sampled_from(PATHS),
 )  # fmt: skip
 
 
@@ -98,8 +100,8 @@ def close(a, b, dtype):
 
 @given(CASES)
 def test_merge_is_forward_and_unmerge_undoes_it(case):
-    kind, mode, form, dtype, seed, effective = case
-    model = build(kind, mode, form, dtype, seed, use_effective_conv2d=effective)
+    kind, mode, form, dtype, seed, effective, path = case
+    model = build(kind, mode, form, dtype, seed, use_effective_conv2d=effective, compute_path=path)
     x = inputs(kind, dtype)
     expected = model(x)
     weights = copy.deepcopy(model.state_dict())
@@ -171,17 +173,22 @@ def test_frozen_starts_as_the_identity(kind):
         assert not torch.allclose(other(x), expected)
 
 
+@pytest.mark.parametrize("effective", [True, False])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_the_composed_weights(kind, mode):
+def test_gradients_are_the_composed_weights(kind, mode, path, effective):
     """float64 autograd of the plain layer with W composed in the open gives the same gradients."""
     for form in FORMS:
-        model = build(kind, mode, form, torch.float64)
+        extra = {"use_effective_conv2d": effective, "compute_path": path}
+        model = build(kind, mode, form, torch.float64, **extra)
         layer = model.base_model.model.layer
         x = inputs(kind, torch.float64)
-        model(x).square().sum().backward()
+        seen = x.clone().requires_grad_(x.is_floating_point())
+        model(seen).square().sum().backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if "fedpara_" in n}
         model.zero_grad()
+        x = x.clone().requires_grad_(x.is_floating_point())
         plain = Holder(kind).double()
         plain.load_state_dict({**plain.state_dict(), **Holder_state(model)})
         values = dict(plain.named_parameters())
@@ -196,10 +203,13 @@ def test_gradients_are_the_composed_weights(kind, mode):
                 w = w * (torch.arange(30) != 2).unsqueeze(1)
             old = values[f"layer.{name}"].detach()
             values[f"layer.{name}"] = w if mode == "replaced" else old + 3.0 / 2 * w
-        torch.func.functional_call(plain, values, (x,)).square().sum().backward()
+        expected = torch.func.functional_call(plain, values, (x,))
+        torch.testing.assert_close(model(x), expected)
+        expected.square().sum().backward()
         for n, p in model.named_parameters():
             if "fedpara_" in n:
                 torch.testing.assert_close(grads[n], p.grad, msg=f"{form} {n}")
+        torch.testing.assert_close(seen.grad, x.grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -299,7 +309,7 @@ def test_a_recurrent_layer_composes_once_a_forward(monkeypatch):
     import fedpara_peft.tuner.layer as module
 
     calls = []
-    monkeypatch.setattr(module, "compose", lambda *a: calls.append(1) or compose(*a))
+    monkeypatch.setattr(module, "compose", lambda *a, **k: calls.append(1) or compose(*a, **k))
     model = build("lstm", "replaced", ("fedpara", None))
     model(torch.randn(50, 2, 12))
     assert len(calls) == 4  # two layers, input and hidden

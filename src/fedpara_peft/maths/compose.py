@@ -73,6 +73,9 @@ def compose(
     halves: Sequence[Half],
     parameterization: ParameterizationName = "fedpara",
     nonlinearity: Nonlinearity = None,
+    *,
+    scale: float = 1.0,
+    base: Tensor | None = None,
 ) -> Tensor:
     """Compose the weight of a layer.
 
@@ -89,6 +92,8 @@ def compose(
         halves: one half for ``lowrank``, two otherwise.
         parameterization: which of the forms above.
         nonlinearity: None or ``"tanh"``.
+        scale: factor on the composed weight.
+        base: tensor of the weight's shape to add it to, ``base + scale · W``; not modified.
 
     Returns:
         ``(M, N)`` or ``(M, N, *kernel)``, dtype and device of the factors.
@@ -105,11 +110,50 @@ def compose(
     parts = [compose_half(h) for h in halves]
     if nonlinearity == "tanh":
         parts = [torch.tanh(p) for p in parts]
-    if parameterization == "lowrank":
-        return parts[0]
     if parameterization == "pfedpara":
-        return torch.addcmul(parts[0], parts[0], parts[1])
-    return parts[0] * parts[1]
+        base = parts[0] if base is None and scale == 1 else _plus(base, parts[0], scale)
+    if parameterization == "lowrank":
+        return _plus(base, parts[0], scale)
+    if base is not None:
+        return torch.addcmul(base, parts[0], parts[1], value=scale)
+    return _plus(None, parts[0] * parts[1], scale)
+
+
+def add_composed_(
+    target: Tensor,
+    halves: Sequence[Half],
+    parameterization: ParameterizationName = "fedpara",
+    nonlinearity: Nonlinearity = None,
+    *,
+    scale: float = 1.0,
+    zero_row: int | None = None,
+    chunk_entries: int = 1 << 20,
+) -> None:
+    """Add ``scale · W`` to a tensor in place, a few rows at a time.
+
+    No temporary of the weight's size is made. Sums are formed in float32 at least.
+
+    Args:
+        target: ``(M, N)`` or ``(M, N, *kernel)``, or any shape with M rows of as many entries.
+        halves: the factors.
+        parameterization: see :func:`compose`.
+        nonlinearity: see :func:`compose`.
+        scale: factor on the composed weight.
+        zero_row: a row of W that counts as zero.
+        chunk_entries: entries composed at a time.
+    """
+    dtype = torch.promote_types(halves[0].x.dtype, torch.float32)
+    wide = [half.to(dtype) for half in halves]
+    rows = max(1, chunk_entries // max(1, target[0].numel()))
+    with torch.no_grad():
+        for start in range(0, target.shape[0], rows):
+            part = target[start : start + rows]
+            chunk = [half._replace(x=half.x[start : start + rows]) for half in wide]
+            delta = compose(chunk, parameterization, nonlinearity, scale=scale)
+            delta = delta.reshape(part.shape).to(part.device)
+            if zero_row is not None and start <= zero_row < start + rows:
+                delta[zero_row - start] = 0
+            part.copy_(part.to(delta.dtype) + delta)
 
 
 def check_halves(
@@ -137,6 +181,12 @@ def reachable_rank(
         return ranks[0]
     product = ranks[0] * ranks[1]
     return product + ranks[0] if parameterization == "pfedpara" else product
+
+
+def _plus(base: Tensor | None, part: Tensor, scale: float) -> Tensor:
+    if base is None:
+        return part if scale == 1 else part * scale
+    return torch.add(base, part, alpha=scale)
 
 
 def _check(half: Half) -> None:

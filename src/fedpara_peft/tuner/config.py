@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 BaseWeight = Literal["frozen", "replaced"]
 Bias = Literal["none", "all", "fedpara_only"]
+ComputePath = Literal["auto", "compose", "khatri_rao"]
 
 #: ``target_modules`` value that stands for every layer kind that can be factorized.
 ALL_SUPPORTED = "all-supported"
@@ -55,6 +56,9 @@ class FedParaConfig(PeftConfig):
         modules_to_save: modules trained and saved whole (frozen mode; in replaced mode everything
             is).
         bias: ``"none"``, ``"all"`` or ``"fedpara_only"`` (frozen mode).
+        compute_path: how linear layers and convolutions apply the weight. ``"auto"`` takes the
+            cheaper way by counted operations; ``"compose"`` always composes the weight;
+            ``"khatri_rao"`` applies its exact low-rank form wherever there is one.
         local_modules: names or a regex of modules that stay on the client whole, as FedPer's last
             layers do; they are never saved or pushed.
 
@@ -106,6 +110,9 @@ class FedParaConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained and saved whole (frozen mode)"}
     )
     bias: Bias = field(default="none", metadata={"help": "'none', 'all' or 'fedpara_only'"})
+    compute_path: ComputePath = field(
+        default="auto", metadata={"help": "'auto', 'compose' or 'khatri_rao'"}
+    )
     local_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of modules that stay on the client"}
     )
@@ -128,6 +135,7 @@ class FedParaConfig(PeftConfig):
             ("parameterization", get_args(ParameterizationName)),
             ("nonlinearity", (None, "tanh")),
             ("bias", get_args(Bias)),
+            ("compute_path", get_args(ComputePath)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .layer import FedParaLayer, _inverted_mask
+from .layer import inverted_mask
 from .plan import WeightShape
+from .product import ProductLayer, compute_dtype
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Conv(FedParaLayer):
+class Conv(ProductLayer):
     """FedPara for convolutions: Prop. 3 for kernels, Prop. 1 for 1x1 ones.
 
-    A fresh kernel has the He variance ``2 / (N K)``, N the input channels of a group.
+    A fresh kernel has the He variance ``2 / (N K)``, N the input channels of a group. The low-rank
+    form is a chain: 1x1 to R channels, the core, 1x1 to M channels; without a core (Prop. 1) the
+    kernel is in the first stage.
     """
 
     kind = "conv"
@@ -27,18 +33,38 @@ class Conv(FedParaLayer):
         fan_in = n * math.prod(kernel)
         return {"weight": WeightShape(base_layer.out_channels, n, kernel, variance=2 / fan_in)}
 
-    def _delta_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        weight = self.get_delta_weight(adapter_name)
-        x = self._cast_input_dtype(x, weight.dtype)
-        # The base layer's own method, for its stride, padding mode, dilation and groups.
-        return self.get_base_layer()._conv_forward(x, weight, None)
+    def _positions(self, x: Tensor) -> int:
+        """Output positions; padding is taken as keeping the size."""
+        spatial = len(self.get_base_layer().kernel_size)
+        return x.numel() // x.shape[-spatial - 1] // math.prod(self.get_base_layer().stride)
 
-    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
-        base_layer = self.get_base_layer()
-        weight = self.get_delta_weight(adapter_name).to(x.dtype)
-        return base_layer._conv_forward(x, weight, base_layer.bias)
+    def _form_is_possible(self) -> bool:
+        return bool(self.get_base_layer().groups == 1)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # The base layer's own method, for its stride, padding mode, dilation and groups.
+        return self.get_base_layer()._conv_forward(x, weight, bias)
+
+    def _apply_form(self, x: Tensor, adapter_name: str, base: Tensor | None) -> Tensor:
+        base_layer, scale = self.get_base_layer(), self.scale_of(adapter_name)
+        kernel = base_layer.kernel_size
+        x = x.to(compute_dtype(x))
+        a, b, core = self._low_rank_form(adapter_name, x.dtype)
+        ones = [1] * len(kernel)
+        pointwise = _CONV[len(kernel)]
+        if core is None:
+            first = b.T.reshape(b.shape[1], -1, *kernel)
+            h = base_layer._conv_forward(x, first, None)
+        else:
+            h = pointwise(x, b.T.reshape(*b.T.shape, *ones))
+            h = base_layer._conv_forward(h, core, None)
+        out = pointwise(h, (a * scale if scale != 1 else a).reshape(*a.shape, *ones))
+        return out if base is None else base + out
+
+    def _shaped_bias(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, *[1] * len(self.get_base_layer().kernel_size))
 
     def _drop_output_features(self, delta: Tensor, p: float) -> Tensor:
         spatial = len(self.get_base_layer().kernel_size)
-        mask = _inverted_mask(delta, delta.shape[-spatial - 1], p)
+        mask = inverted_mask(delta, delta.shape[-spatial - 1], p)
         return delta * mask.view(-1, *[1] * spatial)

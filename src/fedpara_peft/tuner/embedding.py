@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,34 +37,39 @@ class Embedding(FedParaLayer):
                 "with base_weight='replaced' build the embedding without max_norm"
             )
 
-    def to_base_layout(self, weight: Tensor, shape: WeightShape) -> Tensor:
-        """Zero the padding row."""
-        padding = self.get_base_layer().padding_idx
-        if padding is None:
-            return weight
-        return weight.index_fill(0, torch.tensor([padding], device=weight.device), 0)
+    @property
+    def zero_row(self) -> int | None:
+        """The padding row."""
+        padding: int | None = self.get_base_layer().padding_idx
+        return padding
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Look up the base table and add the rows of every active adapter's ΔW."""
+        if self._base_alone():
+            return self.base_layer(x, *args, **kwargs)
+        scale = self._get_embed_scale()  # Gemma's embeddings multiply what they look up
+        if self.replaced:
+            rows = self._rows(x, next(iter(self.specs)))
+            return rows if scale is None else rows * scale.to(rows.dtype)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter_name in self._adapters_to_run():
+            rows = self._rows(x, adapter_name)
+            if scale is not None:
+                rows = rows * scale.to(rows.dtype)
+            p = self.specs[adapter_name].rank_dropout if self.training else 0.0
+            result = result + (self._drop_output_features(rows, p) if p else rows)
+        return result.to(dtype)
 
     def _rows(self, ids: Tensor, adapter_name: str) -> Tensor:
         """Rows ``ids`` of the composed table: the factor X is looked up, Y is shared."""
-        spec = self.specs[adapter_name]
         if self._recording is not None:
             return F.embedding(ids, self.get_delta_weight(adapter_name))
+        spec = self.specs[adapter_name]
         halves = [
             Half(F.embedding(ids.reshape(-1), half.x), half.y) for half in self.halves(adapter_name)
         ]
-        rows = compose(halves, spec.parameterization, spec.nonlinearity)
+        scale = self.scale_of(adapter_name)
+        rows = compose(halves, spec.parameterization, spec.nonlinearity, scale=scale)
         rows = rows.view(*ids.shape, -1)
-        base_layer = self.get_base_layer()
-        if base_layer.padding_idx is not None:
-            rows = rows * (ids != base_layer.padding_idx).unsqueeze(-1)
-        if not spec.replaced and self.scaling[adapter_name] != 1:
-            rows = rows * self.scaling[adapter_name]
-        return rows
-
-    def _delta_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        rows = self._rows(x, adapter_name)
-        scale = self._get_embed_scale()  # Gemma's embeddings multiply what they look up
-        return rows if scale is None else rows * scale.to(rows.dtype)
-
-    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
-        return self._rows(x, adapter_name)
+        return rows if self.zero_row is None else rows * (ids != self.zero_row).unsqueeze(-1)

@@ -18,11 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..maths.compose import Half, Nonlinearity, compose
+from ..maths.compose import Half, Nonlinearity, add_composed_, compose
 from ..maths.init import factor_std, fill_normal, half_variances
 from ..maths.rank import ParameterizationName
 from ._peft import quantization_backend_of
-from .config import FedParaConfig
+from .config import ComputePath, FedParaConfig
 from .errors import ReplacedWeightError
 from .plan import WeightPlan, WeightShape
 
@@ -44,6 +44,7 @@ class AdapterSpec:
     replaced: bool
     rank_dropout: float
     module_dropout: float
+    compute_path: ComputePath
 
     @property
     def num_halves(self) -> int:
@@ -122,9 +123,15 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
     def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
         """Raise a typed error if this very layer cannot train with its weight replaced."""
 
-    def to_base_layout(self, weight: Tensor, shape: WeightShape) -> Tensor:
-        """Bring a composed weight ``(M, N)`` or ``(M, N, *kernel)`` to the base layer's layout."""
-        return weight.reshape(shape.out_features, shape.in_features, *shape.kernel)
+    @property
+    def transposed(self) -> bool:
+        """Whether the base layer keeps its weight as ``(N, M)``."""
+        return False
+
+    @property
+    def zero_row(self) -> int | None:
+        """A row of the composed weight that counts as zero."""
+        return None
 
     def bias_names(self) -> tuple[str, ...]:
         """Names of the base layer's bias parameters."""
@@ -148,6 +155,7 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
             replaced=config.base_weight == "replaced",
             rank_dropout=config.rank_dropout,
             module_dropout=config.module_dropout,
+            compute_path=config.compute_path,
         )
         self.specs[adapter_name] = spec
         # The weights of a recurrent layer may differ in rank under γ; the scale is the layer's.
@@ -214,6 +222,10 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
             found[key] = ComposedWeight(recompose(halves), halves, recompose)
         return found[key].weight
 
+    def scale_of(self, adapter_name: str) -> float:
+        """Factor on the composed weight: ``alpha / r`` frozen, 1 replaced."""
+        return 1.0 if self.specs[adapter_name].replaced else self.scaling[adapter_name]
+
     @property
     def replaced(self) -> bool:
         """Whether the base weight is replaced rather than frozen."""
@@ -244,18 +256,8 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.specs:
                 continue
-            merged = {}
-            for name in self.specs[adapter_name].plans:
-                delta = self._merge_delta(adapter_name, name)
-                if not self.replaced:
-                    base = self._get_base_tensor(name)
-                    delta = (base + delta.to(base.device)).to(base.dtype)
-                if safe_merge and not torch.isfinite(delta).all():
-                    raise ValueError(
-                        "NaNs detected in the merged weights. The adapter "
-                        f"{adapter_name} seems to be broken"
-                    )
-                merged[name] = delta
+            names = list(self.specs[adapter_name].plans)
+            merged = {name: self._merged(adapter_name, name, safe_merge) for name in names}
             for name, weight in merged.items():
                 self._set_base_tensor(name, weight)
             self.merged_adapters.append(adapter_name)
@@ -275,40 +277,14 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
                 continue
             for name in self.specs[adapter_name].plans:
                 base = self._get_base_tensor(name)
-                delta = self._merge_delta(adapter_name, name).to(base.device)
-                self._set_base_tensor(name, (base - delta).to(base.dtype))
+                self._add_composed_(base, adapter_name, name, -self.scale_of(adapter_name))
+                self._set_base_tensor(name, base)
 
     # Forward.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone."""
-        if self._base_alone():
-            return self.base_layer(x, *args, **kwargs)
-        if self.replaced:
-            return self._forward_replaced(x, next(iter(self.specs)))
-        result = self.base_layer(x, *args, **kwargs)
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter_name in self._adapters_to_run():
-            delta = self._delta_output(x, adapter_name)
-            rank_dropout = self.specs[adapter_name].rank_dropout
-            if self.training and rank_dropout:
-                delta = self._drop_output_features(delta, rank_dropout)
-            result = result + delta
-        return result.to(dtype)
-
-    def _delta_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        """What one adapter adds to the base layer's output."""
-        raise NotImplementedError
-
-    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
-        """The layer's output with the composed weight in place of its own."""
-        raise NotImplementedError
-
     def _drop_output_features(self, delta: Tensor, p: float) -> Tensor:
         """Inverted dropout of whole output features (the last dimension here)."""
-        return delta * _inverted_mask(delta, delta.shape[-1], p)
+        return delta * inverted_mask(delta, delta.shape[-1], p)
 
     def _base_alone(self) -> bool:
         if self.disable_adapters and self.merged:
@@ -371,13 +347,33 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
 
     # Private.
 
-    def _compose(self, adapter_name: str, name: str, halves: Sequence[Half]) -> Tensor:
+    def _compose(
+        self,
+        adapter_name: str,
+        name: str,
+        halves: Sequence[Half],
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """The composed weight in the base layer's layout, added to ``base`` if given."""
         spec = self.specs[adapter_name]
-        weight = compose(halves, spec.parameterization, spec.nonlinearity)
-        weight = self.to_base_layout(weight, spec.plans[name].shape)
-        if not spec.replaced and self.scaling[adapter_name] != 1:
-            weight = weight * self.scaling[adapter_name]
-        return weight
+        plan = spec.plans[name]
+        if base is not None:
+            base = (base.T if self.transposed else base).reshape(
+                plan.rows, plan.columns, *plan.kernel
+            )
+        weight = compose(
+            halves,
+            spec.parameterization,
+            spec.nonlinearity,
+            scale=self.scale_of(adapter_name),
+            base=base,
+        )
+        if self.zero_row is not None:
+            weight = weight.index_fill(0, torch.tensor([self.zero_row], device=weight.device), 0)
+        if self.transposed:
+            return weight.T
+        shape = plan.shape
+        return weight.reshape(shape.out_features, shape.in_features, *shape.kernel)
 
     def _refuse_if_replaced(self, what: str, instead: str) -> None:
         if self.replaced:
@@ -398,13 +394,36 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
                 fill_normal(factor, std)
 
     @torch.no_grad()
-    def _merge_delta(self, adapter_name: str, name: str) -> Tensor:
-        """The composed weight, in at least float32: merging happens once, so it may be exact."""
-        halves = self.halves(adapter_name, name)
-        dtype = halves[0].x.dtype
-        wide = [half.to(torch.promote_types(dtype, torch.float32)) for half in halves]
-        weight = self._compose(adapter_name, name, wide)
-        return weight.to(dtype) if self.replaced else weight
+    def _merged(self, adapter_name: str, name: str, safe: bool) -> Tensor:
+        """The base weight with the composed one in it; in place unless it shall be checked."""
+        spec = self.specs[adapter_name]
+        if spec.replaced:
+            x = self.halves(adapter_name, name)[0].x
+            shape = spec.plans[name].shape
+            size = (shape.out_features, shape.in_features, *shape.kernel)
+            size = size[::-1] if self.transposed else size
+            weight = torch.zeros(size, dtype=x.dtype, device=x.device)
+        else:
+            weight = self._get_base_tensor(name)
+            weight = weight.clone() if safe else weight
+        self._add_composed_(weight, adapter_name, name, self.scale_of(adapter_name))
+        if safe and not torch.isfinite(weight).all():
+            raise ValueError(
+                "NaNs detected in the merged weights. The adapter "
+                f"{adapter_name} seems to be broken"
+            )
+        return weight
+
+    def _add_composed_(self, weight: Tensor, adapter_name: str, name: str, scale: float) -> None:
+        spec = self.specs[adapter_name]
+        add_composed_(
+            weight.T if self.transposed else weight,
+            self.halves(adapter_name, name),
+            spec.parameterization,
+            spec.nonlinearity,
+            scale=scale,
+            zero_row=self.zero_row,
+        )
 
     def _get_base_tensor(self, name: str) -> Tensor:
         if name == "weight":
@@ -418,7 +437,8 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         elif name == "weight":
             self.set_base_weight(value)
         else:
-            getattr(base_layer, name).data.copy_(value)
+            if value is not (data := getattr(base_layer, name).data):
+                data.copy_(value)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # Recurrent layers have no `weight`, and a freed one says nothing.
@@ -456,7 +476,7 @@ def _chance(p: float) -> bool:
     return p > 0 and bool(torch.rand(()) < p)
 
 
-def _inverted_mask(like: Tensor, size: int, p: float) -> Tensor:
+def inverted_mask(like: Tensor, size: int, p: float) -> Tensor:
     """Keep with probability 1 - p, scaled by 1 / (1 - p): right in the mean, 0 when all drop."""
     if p == 1:
         return like.new_zeros(size)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .layer import FedParaLayer
+from ..maths.apply import linear
 from .plan import WeightShape
+from .product import ProductLayer, compute_dtype
 
 
-class Linear(FedParaLayer):
+class Linear(ProductLayer):
     """FedPara for ``y = x Wᵀ + b``; a fresh weight has the He variance ``2 / N``."""
 
     kind = "linear"
@@ -24,18 +26,24 @@ class Linear(FedParaLayer):
             m, n = base_layer.out_features, base_layer.in_features
         return {"weight": WeightShape(int(m), int(n), variance=2 / int(n))}
 
-    def to_base_layout(self, weight: Tensor, shape: WeightShape) -> Tensor:
+    @property
+    def transposed(self) -> bool:
         """Transformers' Conv1D keeps its weight as ``(N, M)``."""
-        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        return isinstance(self.get_base_layer(), Conv1D)
 
-    def _delta_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        weight = self.get_delta_weight(adapter_name)
-        x = self._cast_input_dtype(x, weight.dtype)
-        return F.linear(
-            x, self.to_base_layout(weight, self.specs[adapter_name].plans["weight"].shape)
-        )
+    def _positions(self, x: Tensor) -> int:
+        return x.numel() // x.shape[-1]
 
-    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
-        weight = self.get_delta_weight(adapter_name).to(x.dtype)
-        weight = self.to_base_layout(weight, self.specs[adapter_name].plans["weight"].shape)
-        return F.linear(x, weight, self.get_base_layer().bias)
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.T if self.transposed else weight, bias)
+
+    def _apply_form(self, x: Tensor, adapter_name: str, base: Tensor | None) -> Tensor:
+        spec, scale = self.specs[adapter_name], self.scale_of(adapter_name)
+        x = x.to(compute_dtype(x))
+        if torch.is_grad_enabled() or self.training:
+            return linear(x, self.halves(adapter_name), spec.parameterization, scale, base)
+        form = self._low_rank_form(adapter_name, x.dtype)
+        delta = F.linear(F.linear(x, form.b.T), form.a)
+        if base is None:
+            return delta if scale == 1 else delta * scale
+        return torch.add(base, delta, alpha=scale)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layer import FedParaLayer, _inverted_mask
+from .layer import FedParaLayer, inverted_mask
 from .plan import WeightShape
 
 
@@ -64,7 +64,7 @@ class Recurrent(FedParaLayer):
             for name in spec.plans:
                 delta = self.get_delta_weight(adapter_name, name)
                 if self.training and spec.rank_dropout:
-                    mask = _inverted_mask(delta, delta.shape[0], spec.rank_dropout)
+                    mask = inverted_mask(delta, delta.shape[0], spec.rank_dropout)
                     delta = delta * mask.unsqueeze(1)
                 base = weights[position[name]]
                 composed = delta if spec.replaced else base + delta

@@ -1,0 +1,205 @@
+"""Apply a factorized weight without composing it.
+
+A Hadamard product of two low-rank matrices is itself low-rank, with factors that are cheap:
+
+    (X₁ Y₁ᵀ) ⊙ (X₂ Y₂ᵀ) = A Bᵀ,   A = X₁ ⋆ X₂ (M, r²),   B = Y₁ ⋆ Y₂ (N, r²)
+
+⋆ is the row-wise Khatri–Rao product. So ``x Wᵀ = (x B) Aᵀ`` needs no M x N matrix: FedPara of
+rank r costs what LoRA of rank r² costs, and *is* one. pFedPara, ``W₁ ⊙ (W₂ + 1)``, adds the
+columns X₁ and Y₁. For kernels (Prop. 3) the core is the Kronecker product of T₁ and T₂ at each
+kernel position. With tanh there is no such form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compose import Half, Nonlinearity
+from .errors import RankError
+from .rank import ParameterizationName
+
+
+class LowRankForm(NamedTuple):
+    """A weight as ``A Bᵀ`` or ``core ×₁ A ×₂ B``.
+
+    Attributes:
+        a: ``(M, R)``.
+        b: ``(N, R)``.
+        core: ``(R, R, *kernel)`` for kernels by Prop. 3, else None.
+    """
+
+    a: Tensor
+    b: Tensor
+    core: Tensor | None = None
+
+
+def has_low_rank_form(nonlinearity: Nonlinearity) -> bool:
+    """Whether the composed weight equals a product of its factors' Khatri–Rao products."""
+    return nonlinearity is None
+
+
+def low_rank_form(halves: Sequence[Half], parameterization: ParameterizationName) -> LowRankForm:
+    """The exact low-rank form of a composed weight (no nonlinearity).
+
+        lowrank    R = r         A = X₁,              B = Y₁
+        fedpara    R = r₁ r₂     A = X₁ ⋆ X₂,         B = Y₁ ⋆ Y₂
+        pfedpara   R = r₁ r₂ + r₁    A = [X₁ ⋆ X₂, X₁],   B = [Y₁ ⋆ Y₂, Y₁]
+
+    Kernels: the core is ``T₁ ⊗ T₂`` at each position (pfedpara: block-diagonal with T₁).
+
+    Args:
+        halves: one half for lowrank, two otherwise.
+        parameterization: the form of the weight.
+
+    Returns:
+        The form; differentiable with respect to the factors.
+    """
+    first = halves[0]
+    if parameterization == "lowrank":
+        return LowRankForm(first.x, first.y, first.t)
+    second = halves[1]
+    a, b = khatri_rao(first.x, second.x), khatri_rao(first.y, second.y)
+    core = None
+    if first.t is not None and second.t is not None:
+        core = _kronecker(first.t, second.t)
+    if parameterization == "pfedpara":
+        a, b = torch.cat([a, first.x], 1), torch.cat([b, first.y], 1)
+        if core is not None and first.t is not None:
+            core = _block_diagonal(core, first.t)
+    return LowRankForm(a, b, core)
+
+
+def khatri_rao(x: Tensor, y: Tensor) -> Tensor:
+    """Row-wise Khatri–Rao product: ``(n, r)`` and ``(n, s)`` to ``(n, r s)``."""
+    return (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1)
+
+
+def form_rank(r: int, parameterization: ParameterizationName) -> int:
+    """R, the number of columns of the low-rank form."""
+    return {"lowrank": r, "fedpara": r * r, "pfedpara": r * r + r}[parameterization]
+
+
+def linear(
+    x: Tensor,
+    halves: Sequence[Half],
+    parameterization: ParameterizationName = "fedpara",
+    scale: float = 1.0,
+    base: Tensor | None = None,
+) -> Tensor:
+    """Apply a factorized matrix to activations without composing it.
+
+        y = base + scale · (x B) Aᵀ
+
+    For the backward pass only x, the factors and ``x B`` are kept; A and B are made again. Products
+    run in x's dtype (bfloat16 activations over float32 factors stay bfloat16; the factors'
+    gradients come back in the factors' dtype). Differentiable twice.
+
+    Args:
+        x: activations ``(..., N)``.
+        halves: matrix halves.
+        parameterization: the form of the weight.
+        scale: factor on the product.
+        base: tensor ``(..., M)`` to add to, None for zero. It is not modified.
+
+    Returns:
+        ``(..., M)``, dtype of x.
+
+    Raises:
+        RankError: a half has a core (a convolution kernel).
+    """
+    if any(half.t is not None for half in halves):
+        raise RankError("a half with a core is a convolution kernel, not a matrix: use conv stages")
+    factors = [factor for half in halves for factor in half.tensors()]
+    flat = x.reshape(-1, x.shape[-1])
+    flat_base = None if base is None else base.reshape(-1, base.shape[-1]).to(x.dtype)
+    out: Tensor = _KhatriRaoLinear.apply(  # type: ignore[no-untyped-call]
+        parameterization, scale, flat, flat_base, *factors
+    )
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _KhatriRaoLinear(torch.autograd.Function):
+    """``base + s (x B) Aᵀ`` that keeps x, the factors and x B only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        parameterization: ParameterizationName,
+        scale: float,
+        x: Tensor,
+        base: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        a, b, _ = low_rank_form(_pairs(factors), parameterization)
+        h = x @ b.to(x.dtype)
+        a = a.to(x.dtype)
+        ctx.save_for_backward(x, h, *factors)
+        ctx.parameterization, ctx.scale, ctx.has_base = parameterization, scale, base is not None
+        if base is not None:
+            return torch.addmm(base, h, a.T, alpha=scale)
+        return (h @ a.T) * scale if scale != 1 else h @ a.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, h, *factors = ctx.saved_tensors
+        halves = _pairs(factors)
+        a, b, _ = low_rank_form(halves, ctx.parameterization)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        if torch.is_grad_enabled():  # create_graph: h must depend on what it was made from
+            h = x @ b
+        need_x, _, *need_factors = ctx.needs_input_grad[2:]
+        grad_h = (grad @ a) * ctx.scale if ctx.scale != 1 else grad @ a
+        grad_x = grad_h @ b.T if need_x else None
+        grad_factors: list[Tensor | None] = [None] * len(factors)
+        if any(need_factors):
+            grad_a = (grad.T @ h).to(factors[0].dtype)
+            grad_b = (x.T @ grad_h).to(factors[0].dtype)
+            if ctx.scale != 1:
+                grad_a = grad_a * ctx.scale
+            grad_factors = _factor_gradients(grad_a, grad_b, halves, ctx.parameterization)
+        return None, None, grad_x, grad if ctx.has_base else None, *grad_factors
+
+
+def _factor_gradients(
+    grad_a: Tensor, grad_b: Tensor, halves: Sequence[Half], name: ParameterizationName
+) -> list[Tensor | None]:
+    """From the gradients of A and B to those of X₁, Y₁(, X₂, Y₂)."""
+    if name == "lowrank":
+        return [grad_a, grad_b]
+    columns = halves[0].x.shape[1] * halves[1].x.shape[1]
+    gradients: list[list[Tensor]] = [[], []]
+    for grad, first, second in (
+        (grad_a, halves[0].x, halves[1].x),
+        (grad_b, halves[0].y, halves[1].y),
+    ):
+        product = grad[:, :columns].reshape(-1, first.shape[1], second.shape[1])
+        grad_first = torch.matmul(product, second.unsqueeze(2)).squeeze(2)
+        grad_second = torch.matmul(first.unsqueeze(1), product).squeeze(1)
+        if name == "pfedpara":
+            grad_first = grad_first + grad[:, columns:]
+        gradients[0].append(grad_first)
+        gradients[1].append(grad_second)
+    return [*gradients[0], *gradients[1]]
+
+
+def _pairs(factors: Sequence[Tensor]) -> list[Half]:
+    return [Half(factors[i], factors[i + 1]) for i in range(0, len(factors), 2)]
+
+
+def _kronecker(t1: Tensor, t2: Tensor) -> Tensor:
+    """Kronecker product of two cores at each kernel position."""
+    r1, r2 = t1.shape[0], t2.shape[0]
+    product = t1[:, None, :, None] * t2[None, :, None, :]
+    return product.reshape(r1 * r2, r1 * r2, *t1.shape[2:])
+
+
+def _block_diagonal(core: Tensor, block: Tensor) -> Tensor:
+    rows, r = core.shape[0], block.shape[0]
+    out = core.new_zeros(rows + r, rows + r, *core.shape[2:])
+    out[:rows, :rows] = core
+    out[rows:, rows:] = block
+    return out

@@ -1,0 +1,35 @@
+"""Which way of applying a factorized weight is cheaper, from counted operations."""
+
+from __future__ import annotations
+
+#: Operations that one entry of a composed weight costs beside its products: elementwise passes are
+#: bound by memory, so they count for more than they compute. Measured, not derived.
+PASS_COST = 64
+
+
+def low_rank_form_is_cheaper(
+    *, positions: int, dense: int, form: int, r: int, training: bool, joined: bool
+) -> bool:
+    """Whether to apply the low-rank form rather than to compose the weight.
+
+    Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
+    F = R (M + N) + R² K entries of the form:
+
+        form       6 P F  training,    2 P F  inference
+        compose    (16 r + c) D  training,    (4 r + c) D  inference
+                   + 2 P D  training,  + 0    inference    joined: one product with W₀ + ΔW
+                   + 6 P D  training,  + 2 P D inference   otherwise
+
+    Args:
+        positions: rows that the weight multiplies (tokens; output pixels of a convolution).
+        dense: D.
+        form: F.
+        r: inner rank.
+        training: whether a backward pass follows.
+        joined: whether the composed weight can be added to the base weight and applied with it.
+    """
+    if training:
+        composing = (16 * r + PASS_COST) * dense + (2 if joined else 6) * positions * dense
+        return 6 * positions * form <= composing
+    composing = (4 * r + PASS_COST) * dense + (0 if joined else 2) * positions * dense
+    return 2 * positions * form <= composing

@@ -1,0 +1,175 @@
+"""Layers that multiply their input by one weight: which way they take.
+
+Three ways give the same output: apply the low-rank form (no weight is composed), compose the weight
+and apply it beside the base layer, or join it with the base weight for one product. The cost rule
+is in ``maths/cost.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.apply import LowRankForm, form_rank, has_low_rank_form, low_rank_form
+from ..maths.cost import low_rank_form_is_cheaper
+from .layer import FedParaLayer
+
+
+class ProductLayer(FedParaLayer):
+    """Base of linear layers and convolutions."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # adapter -> (what it was made from, form); used in inference only
+        self._forms: dict[str, tuple[Any, LowRankForm]] = {}
+        super().__init__(*args, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone."""
+        if self._base_alone():
+            return self.base_layer(x, *args, **kwargs)
+        if self.replaced:
+            return self._forward_replaced(x, next(iter(self.specs)))
+        adapters = self._adapters_to_run()
+        if len(adapters) == 1 and self._can_join(x, adapters[0]):
+            adapter = adapters[0]
+            if self._recording is None and not self._takes_form(x, adapter, joined=True):
+                base_layer = self.get_base_layer()
+                halves = self.halves(adapter)
+                weight = self._compose(adapter, "weight", halves, base=base_layer.weight)
+                return self._apply_weight(x, weight, base_layer.bias)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter in adapters:
+            result = self._add_delta(result, x, adapter)
+        return result.to(dtype)
+
+    def train(self, mode: bool = True) -> ProductLayer:
+        """Set the training mode; forms kept for inference are dropped."""
+        self._forms.clear()
+        return super().train(mode)
+
+    # What a layer kind says about itself.
+
+    def _positions(self, x: Tensor) -> int:
+        """Rows that the weight multiplies."""
+        raise NotImplementedError
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The plain layer's product with another weight (in the base layer's layout)."""
+        raise NotImplementedError
+
+    def _apply_form(self, x: Tensor, adapter_name: str, base: Tensor | None) -> Tensor:
+        """``base + scale · x Wᵀ`` by the low-rank form."""
+        raise NotImplementedError
+
+    def _form_is_possible(self) -> bool:
+        return True
+
+    # Ways.
+
+    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
+        bias = self.get_base_layer().bias
+        if self._takes_form(x, adapter_name, joined=False):
+            out = self._apply_form(x, adapter_name, None)
+            return out if bias is None else out + self._shaped_bias(bias)
+        weight = self.get_delta_weight(adapter_name)
+        return self._apply_weight(x, weight.to(x.dtype), bias)
+
+    def _add_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        p = self.specs[adapter_name].rank_dropout if self.training else 0.0
+        if self._takes_form(x, adapter_name, joined=False):
+            if not p:
+                return self._apply_form(x, adapter_name, result)
+            delta = self._apply_form(x, adapter_name, None)
+        else:
+            weight = self.get_delta_weight(adapter_name)
+            delta = self._apply_weight(self._cast_input_dtype(x, weight.dtype), weight, None)
+        return result + (self._drop_output_features(delta, p) if p else delta)
+
+    def _takes_form(self, x: Tensor, adapter_name: str, *, joined: bool) -> bool:
+        spec = self.specs[adapter_name]
+        possible = has_low_rank_form(spec.nonlinearity) and self._form_is_possible()
+        if not possible or self._recording is not None or spec.compute_path == "compose":
+            return False
+        if spec.compute_path == "khatri_rao":
+            return True
+        plan = spec.plans["weight"]
+        rank = form_rank(plan.r, spec.parameterization)
+        core = rank * rank
+        for size in plan.kernel:
+            core *= size
+        return low_rank_form_is_cheaper(
+            positions=self._positions(x),
+            dense=plan.shape.numel,
+            form=rank * (plan.rows + plan.columns) + (core if plan.kernel else 0),
+            r=plan.r,
+            training=torch.is_grad_enabled(),
+            joined=joined,
+        )
+
+    def _can_join(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether W₀ + ΔW may stand for both: a plain float weight whose layer nobody watches."""
+        base_layer = self.base_layer
+        if type(base_layer).__module__.startswith("torch.nn.") and isinstance(
+            weight := base_layer.weight, nn.Parameter
+        ):
+            spec = self.specs[adapter_name]
+            return (
+                # A half-precision sum would round away what a small ΔW changes.
+                weight.dtype in (torch.float32, torch.float64)
+                and weight.dtype == x.dtype == self.halves(adapter_name)[0].x.dtype
+                and not torch.is_autocast_enabled(x.device.type)
+                and not (self.training and spec.rank_dropout)
+                and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)
+                and not hasattr(base_layer, "_hf_hook")
+            )
+        return False
+
+    def _low_rank_form(self, adapter_name: str, dtype: torch.dtype) -> LowRankForm:
+        """The low-rank form in a dtype; kept in inference while the factors stay what they are.
+
+        In-place changes are seen by the tensors' version counters. Writing through ``.data`` goes
+        past them: call ``train()`` or ``eval()`` after that.
+        """
+        halves = self.halves(adapter_name)
+        factors = [factor for half in halves for factor in half.tensors()]
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
+        if any(f.is_inference() for f in factors):
+            return _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
+        made_from, form = self._forms.get(adapter_name, (None, None))
+        state = (dtype, [(f, f._version) for f in factors])
+        if form is None or not _same(made_from, state):
+            form = _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
+            self._forms[adapter_name] = (state, form)
+        return form
+
+    def _shaped_bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+
+def _cast(form: LowRankForm, dtype: torch.dtype) -> LowRankForm:
+    return LowRankForm(*(None if t is None else t.to(dtype) for t in form))  # type: ignore[arg-type]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return (
+        one is not None
+        and one[0] == other[0]
+        and all(a is b and v == w for (a, v), (b, w) in zip(one[1], other[1], strict=True))
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products with x run: autocast's, else x's; float16 in float32.
+
+    bfloat16 has float32's range. float16 has not, and x B may leave it.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return torch.float32 if dtype == torch.float16 else dtype
