@@ -2,6 +2,7 @@
 
 from ._peft import register
 from .config import FedParaConfig
+from .convert import loha_to_fedpara, save_as_loha, save_as_lora
 from .jacobian import jacobian_correction
 from .layer import FedParaLayer, composed_weights
 from .model import FedParaModel
@@ -16,4 +17,7 @@ __all__ = [
     "composed_weights",
     "fedpara_summary",
     "jacobian_correction",
+    "loha_to_fedpara",
+    "save_as_loha",
+    "save_as_lora",
 ]

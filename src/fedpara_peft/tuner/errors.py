@@ -25,3 +25,7 @@ class ReplacedWeightError(FedParaError, RuntimeError):
 
 class CheckpointError(FedParaError, ValueError):
     """A saved adapter or local state does not fit the model it is loaded into."""
+
+
+class ConversionError(FedParaError, ValueError):
+    """An adapter has no exact form in the other method."""

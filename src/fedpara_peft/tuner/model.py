@@ -259,6 +259,7 @@ class FedParaModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        _squeeze_cores(model, remapped)
         if config.base_weight == "replaced":
             remapped = cls._remap_rest(model, adapter_name, remapped)
         if config.parameterization == "pfedpara":
@@ -387,6 +388,13 @@ def _ancestors(model: nn.Module, key: str) -> list[nn.Module]:
 def _get_tensor(model: nn.Module, key: str) -> Tensor:
     module, _, name = key.rpartition(".")
     return getattr(model.get_submodule(module), name)
+
+
+def _squeeze_cores(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Bring cores of Conv1d layers that were converted from LoHa, which are k x 1, to shape k."""
+    for name, parameter in model.named_parameters():
+        if name in state and state[name].shape == (*parameter.shape, 1):
+            state[name] = state[name].squeeze(-1)
 
 
 def _neutral_local_half(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,289 @@
+"""Exact conversions: FedPara to LoRA, FedPara to LoHa, LoHa to FedPara.
+
+Nothing is approximated. Where there is no exact form the conversion is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..maths.apply import has_low_rank_form, low_rank_form
+from .config import FedParaConfig
+from .conv import Conv
+from .embedding import Embedding
+from .errors import ConversionError
+from .layer import HALF_CONTAINERS, AdapterSpec, FedParaLayer
+from .recurrent import Recurrent
+from .scope import base_name
+
+_PREFIX = "base_model.model."
+#: LoHa's factors in the order of ours: X, Y, T of each half.
+_LOHA = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
+
+
+def save_as_lora(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default"
+) -> LoraConfig:
+    """Write an adapter as the PEFT LoRA that it exactly is.
+
+        FedPara of rank r is a LoRA of rank r², pFedPara one of r² + r, low-rank one of r.
+
+    The folder needs neither this package nor the factors: any LoRA server loads it. A pFedPara
+    adapter is written as the personal model, with its local half in it: it is private.
+
+    Args:
+        model: a model with FedPara adapters over a frozen base.
+        folder: where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_name: the adapter.
+
+    Returns:
+        The LoRA's configuration.
+
+    Raises:
+        ConversionError: the weights are replaced or activated by tanh, pFedPara's local half is
+            missing, or a layer is of a kind that LoRA lacks.
+    """
+    config = _config_of(model, adapter_name)
+    state: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    transposed = []
+    local_halves = []
+    for name, layer, spec in _layers(model, adapter_name):
+        if not has_low_rank_form(spec.nonlinearity):
+            raise ConversionError(
+                f"{name}: tanh has no exact low-rank form; use merge_and_unload() instead"
+            )
+        _check_lora_kind(name, layer)
+        if spec.parameterization == "pfedpara":
+            local_halves.append(layer.halves(adapter_name)[1].y)
+        tensors = _lora_factors(layer, adapter_name)
+        ranks[name] = tensors[0].shape[0]
+        first, second = _lora_names(layer)
+        state[f"{_PREFIX}{name}.{first}"] = tensors[0]
+        state[f"{_PREFIX}{name}.{second}"] = tensors[1]
+        transposed.append(isinstance(layer.get_base_layer(), Conv1D))
+    if local_halves and not any(bool(y.any()) for y in local_halves):
+        raise ConversionError(
+            "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) first"
+        )
+    rank = max(ranks.values())
+    patterns = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=dict(patterns),
+        alpha_pattern=dict(patterns),
+        target_modules=sorted(ranks),
+        bias={"fedpara_only": "lora_only"}.get(config.bias, config.bias),
+        fan_in_fan_out=any(transposed),
+        **_carried_over(config),
+    )
+    _write(folder, lora, {**state, **_rest(model, adapter_name)})
+    return lora
+
+
+def save_as_loha(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default"
+) -> LoHaConfig:
+    """Write an adapter as the PEFT LoHa that it exactly is; inverse of :func:`loha_to_fedpara`.
+
+    Args:
+        model: a model with FedPara adapters over a frozen base.
+        folder: where to write the adapter.
+        adapter_name: the adapter.
+
+    Returns:
+        The LoHa's configuration.
+
+    Raises:
+        ConversionError: not ``parameterization="fedpara"`` without tanh over a frozen base, biases
+            are trained, or a layer is of a kind that LoHa lacks.
+    """
+    config = _config_of(model, adapter_name)
+    if config.parameterization != "fedpara" or config.nonlinearity is not None:
+        raise ConversionError(
+            f"LoHa has no {config.parameterization!r} with nonlinearity={config.nonlinearity!r}: "
+            "only parameterization='fedpara' without nonlinearity is the same"
+        )
+    if config.bias != "none":
+        raise ConversionError(f"LoHa trains no biases, the adapter has bias={config.bias!r}")
+    state, ranks, alphas = {}, {}, {}
+    for name, layer, spec in _layers(model, adapter_name):
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d):
+            raise ConversionError(f"{name}: LoHa has no form for {type(base).__name__} layers")
+        ranks[name] = spec.plans["weight"].r
+        alphas[name] = layer.scale_of(adapter_name) * ranks[name]
+        for half, names in zip(layer.halves(adapter_name), _LOHA, strict=True):
+            for key, factor in zip(names, _to_loha(half.x, half.y, half.t), strict=True):
+                if factor is not None:
+                    state[f"{_PREFIX}{name}.{key}"] = factor
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    loha = LoHaConfig(
+        r=rank,
+        alpha=alpha,
+        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+        target_modules=sorted(ranks),
+        use_effective_conv2d=config.use_effective_conv2d,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
+        **_carried_over(config),
+    )
+    _write(folder, loha, {**state, **_rest(model, adapter_name)})
+    return loha
+
+
+def loha_to_fedpara(
+    source: str | os.PathLike[str], target: str | os.PathLike[str]
+) -> FedParaConfig:
+    """Rewrite a PEFT LoHa folder as the FedPara folder that it exactly is; no model is needed.
+
+    Args:
+        source: folder with a LoHa's ``adapter_config.json`` and ``adapter_model.safetensors``.
+        target: where to write the FedPara adapter.
+
+    Returns:
+        The FedPara configuration.
+
+    Raises:
+        ConversionError: the folder does not hold a LoHa in safetensors.
+    """
+    path = Path(source) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ConversionError(f"no {SAFETENSORS_WEIGHTS_NAME} in {source}: save the LoHa with PEFT")
+    loha = LoHaConfig.from_pretrained(source)
+    if not isinstance(loha, LoHaConfig):
+        raise ConversionError(f"{source} holds a {loha.peft_type}, not a LoHa")
+    saved = load_file(path)
+    state: dict[str, Tensor] = {}
+    ours = dict(zip(sum(_LOHA, ()), sum(HALF_CONTAINERS, ()), strict=True))
+    for key, tensor in saved.items():
+        module, _, factor = key.rpartition(".")
+        if factor not in ours:
+            state[key] = tensor
+            continue
+        has_core = f"{module}.hada_t1" in saved
+        state[f"{module}.{ours[factor]}.weight"] = _from_loha(factor, tensor, has_core)
+    config = FedParaConfig(
+        r=loha.r,
+        alpha=loha.alpha,
+        rank_pattern=dict(loha.rank_pattern),
+        alpha_pattern=dict(loha.alpha_pattern),
+        target_modules=loha.target_modules,
+        exclude_modules=loha.exclude_modules,
+        layers_to_transform=loha.layers_to_transform,
+        layers_pattern=loha.layers_pattern,
+        use_effective_conv2d=loha.use_effective_conv2d,
+        rank_dropout=loha.rank_dropout,
+        module_dropout=loha.module_dropout,
+        **_carried_over(loha),
+    )
+    _write(target, config, state)
+    return config
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> FedParaConfig:
+    configs: Any = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, FedParaConfig):
+        raise ConversionError(
+            f"the model has no FedPara adapter {adapter_name!r}; it has {sorted(configs)}"
+        )
+    if config.base_weight == "replaced":
+        raise ConversionError(
+            "base_weight='replaced' has no base weight that an adapter could be added to: "
+            "merge_and_unload() gives the plain model"
+        )
+    return config
+
+
+def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, FedParaLayer, AdapterSpec]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FedParaLayer) and adapter_name in module.specs:
+            yield base_name(name), module, module.specs[adapter_name]
+
+
+def _check_lora_kind(name: str, layer: FedParaLayer) -> None:
+    base = layer.get_base_layer()
+    if isinstance(layer, Recurrent):
+        raise ConversionError(f"{name}: LoRA has no form for recurrent layers")
+    if isinstance(layer, Conv) and base.groups != 1:
+        raise ConversionError(f"{name}: LoRA has no exact form for grouped convolutions")
+
+
+def _lora_names(layer: FedParaLayer) -> tuple[str, str]:
+    if isinstance(layer, Embedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
+@torch.no_grad()
+def _lora_factors(layer: FedParaLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A and B of the LoRA, the scale folded in."""
+    spec = layer.specs[adapter_name]
+    plan, scale = spec.plans["weight"], layer.scale_of(adapter_name)
+    a, b, core = low_rank_form(layer.halves(adapter_name), spec.parameterization)
+    if isinstance(layer, Embedding):
+        a = a.clone()
+        if layer.zero_row is not None:
+            a[layer.zero_row] = 0
+        return a.T.contiguous(), (scale * b).contiguous()
+    down, up = b.T, scale * a
+    if isinstance(layer, Conv):
+        kernel = plan.shape.kernel
+        ones = [1] * len(kernel)
+        if core is not None:
+            down = torch.einsum("ab...,ib->ai...", core, b)
+        down = down.reshape(down.shape[0], plan.shape.in_features, *kernel)
+        up = up.reshape(*up.shape, *ones)
+    return down.contiguous(), up.contiguous()
+
+
+def _to_loha(x: Tensor, y: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, y = x.detach(), y.detach()
+    if t is None:
+        return x.clone(), y.T.contiguous(), None
+    t = t.detach()
+    core = t.unsqueeze(-1) if t.dim() == 3 else t  # LoHa keeps a Conv1d's core as k x 1
+    return x.T.contiguous(), y.T.contiguous(), core.clone()
+
+
+def _from_loha(factor: str, tensor: Tensor, has_core: bool) -> Tensor:
+    if factor.startswith("hada_t"):
+        return tensor.contiguous()  # a Conv1d's core is k x 1 here; loading knows the layer
+    if factor.endswith("_b") or has_core:
+        return tensor.T.contiguous()
+    return tensor.contiguous()
+
+
+def _carried_over(config: Any) -> dict[str, Any]:
+    return {
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "modules_to_save": config.modules_to_save,
+        "inference_mode": True,
+    }
+
+
+def _rest(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What the adapter saves beside its factors: biases and modules_to_save."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {k: v.contiguous() for k, v in state.items() if ".fedpara_" not in k}
+
+
+def _write(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_file(state, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

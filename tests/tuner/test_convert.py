@@ -1,0 +1,153 @@
+"""Exact conversions, loaded with PEFT's own classes."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from tests.zoo import Net, adapted, mlp, randomize
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedpara_peft import (
+    ConversionError,
+    FedParaConfig,
+    loha_to_fedpara,
+    save_as_loha,
+    save_as_lora,
+)
+
+
+class Mixed(nn.Module):
+    """What LoRA has a form for."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12, padding_idx=0)
+        self.one = nn.Conv1d(12, 10, 3, padding=1)
+        self.two = nn.Conv2d(10, 9, (3, 2), padding=1)
+        self.old = Conv1D(8, 9)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids):
+        x = self.one(self.embed(ids).transpose(1, 2))
+        x = self.two(x.unsqueeze(-1)).mean((2, 3))
+        return self.head(self.old(x))
+
+
+IDS = torch.tensor([[0, 3, 5], [10, 0, 1]])
+
+
+@pytest.mark.parametrize("effective", [True, False])
+@pytest.mark.parametrize("name", ["fedpara", "pfedpara", "lowrank"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+def test_lora_is_the_same_model(tmp_path, name, effective):
+    plain = Mixed()
+    targets = ["embed", "one", "two", "old"]
+    config = FedParaConfig(
+        r=2, alpha=3, rank_pattern={"two": 1}, alpha_pattern={"one": 5}, parameterization=name,
+        target_modules=targets, modules_to_save=["head"], use_effective_conv2d=effective,
+    )  # fmt: skip
+    model = randomize(get_peft_model(copy.deepcopy(plain), config)).eval()
+    lora = save_as_lora(model, tmp_path)
+    assert lora.r == {"fedpara": 4, "pfedpara": 6, "lowrank": 2}[name]
+    assert (
+        "fedpara"
+        not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text())).lower()
+    )
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert type(next(iter(again.peft_config.values()))) is LoraConfig
+    torch.testing.assert_close(again(IDS), model(IDS), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(again.merge_and_unload()(IDS), model(IDS), atol=5e-6, rtol=1e-5)
+
+
+def test_trained_biases_go_along(tmp_path):
+    plain = mlp(norm=False)
+    model = randomize(adapted(copy.deepcopy(plain), base_weight="frozen", bias="fedpara_only"))
+    assert save_as_lora(model, tmp_path).bias == "lora_only"
+    x = torch.randn(3, 16)
+    again = PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(again(x), model(x), atol=2e-6, rtol=1e-5)
+
+
+class LoHaNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(6, 5, 3)
+        self.two = nn.Conv2d(5, 7, (3, 1))
+        self.three = nn.Conv2d(7, 7, 1)
+        self.head = nn.Linear(7, 8)
+
+    def forward(self, x):
+        x = self.two(self.one(x).unsqueeze(-1))
+        return self.head(self.three(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("effective", [True, False])
+def test_loha_there_and_back(tmp_path, effective):
+    x = torch.randn(2, 6, 9)
+    plain = LoHaNet()
+    config = LoHaConfig(
+        r=2, alpha=5, rank_pattern={"two": 3}, alpha_pattern={"head": 1}, init_weights=False,
+        use_effective_conv2d=effective, target_modules=["one", "two", "three", "head"],
+    )  # fmt: skip
+    loha = get_peft_model(copy.deepcopy(plain), config).eval()
+    loha.save_pretrained(tmp_path / "loha")
+    loha_to_fedpara(tmp_path / "loha", tmp_path / "ours")
+    ours = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    torch.testing.assert_close(ours(x), loha(x), atol=2e-6, rtol=1e-5)
+    save_as_loha(ours, tmp_path / "back")
+    back = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "back").eval()
+    torch.testing.assert_close(back(x), loha(x), atol=1e-6, rtol=1e-5)
+    for key, value in loha.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: adapted(mlp()), "merge_and_unload"),
+        (lambda: adapted(mlp(), base_weight="frozen", nonlinearity="tanh"), "tanh has no exact"),
+        (lambda: adapted(Net(), base_weight="frozen"), "recurrent layers"),
+        (
+            lambda: adapted(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), base_weight="frozen"),
+            "grouped convolutions",
+        ),
+        (
+            lambda: get_peft_model(mlp(), LoraConfig(target_modules=["0"])),
+            "no FedPara adapter 'default'",
+        ),
+    ],
+)
+def test_what_has_no_exact_lora_is_refused(tmp_path, build, says):
+    with pytest.raises(ConversionError, match=says):
+        save_as_lora(build(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_local_half_is_refused(tmp_path):
+    model = randomize(adapted(mlp(), base_weight="frozen", parameterization="pfedpara"))
+    model.save_pretrained(tmp_path / "shared")
+    shared = PeftModel.from_pretrained(mlp(), tmp_path / "shared")
+    with pytest.raises(ConversionError, match="load_local"):
+        save_as_lora(shared, tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"parameterization": "pfedpara"}, "LoHa has no 'pfedpara'"),
+        ({"nonlinearity": "tanh"}, "nonlinearity='tanh'"),
+        ({"bias": "all"}, "LoHa trains no biases"),
+    ],
+)
+def test_what_has_no_exact_loha_is_refused(tmp_path, config, says):
+    with pytest.raises(ConversionError, match=says):
+        save_as_loha(adapted(mlp(), base_weight="frozen", **config), tmp_path)
+
+
+def test_kinds_that_loha_lacks_and_folders_that_are_none(tmp_path):
+    with pytest.raises(ConversionError, match="no form for Embedding"):
+        save_as_loha(adapted(nn.Sequential(nn.Embedding(9, 8)), base_weight="frozen"), tmp_path)
+    with pytest.raises(ConversionError, match=r"no adapter_model.safetensors"):
+        loha_to_fedpara(tmp_path / "nowhere", tmp_path)
