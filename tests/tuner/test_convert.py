@@ -51,10 +51,7 @@ def test_lora_is_the_same_model(tmp_path, name, effective):
     model = randomize(get_peft_model(copy.deepcopy(plain), config)).eval()
     lora = save_as_lora(model, tmp_path)
     assert lora.r == {"fedpara": 4, "pfedpara": 6, "lowrank": 2}[name]
-    assert (
-        "fedpara"
-        not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text())).lower()
-    )
+    assert "fedpara" not in (tmp_path / "adapter_config.json").read_text().lower()
     again = PeftModel.from_pretrained(plain, tmp_path).eval()
     assert type(next(iter(again.peft_config.values()))) is LoraConfig
     torch.testing.assert_close(again(IDS), model(IDS), atol=2e-6, rtol=1e-5)
