@@ -183,9 +183,16 @@ class FedParaModel(BaseTuner):
             if any(config.inference_mode for config in configs):
                 model.requires_grad_(False)
             return
-        super()._mark_only_adapters_as_trainable(model)
-        # PEFT looks for `bias`, which recurrent layers spell otherwise.
-        if any(config.bias != "none" for config in configs):
+        # PEFT looks for a tensor named `bias`, which recurrent layers have as a bool.
+        wanted = [config.bias for config in configs]
+        try:
+            for config in configs:
+                config.bias = "all" if config.bias == "all" else "none"
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            for config, bias in zip(configs, wanted, strict=True):
+                config.bias = bias
+        if any(bias != "none" for bias in wanted):
             for layer in model.modules():
                 if isinstance(layer, FedParaLayer):
                     for name in layer.bias_names():
@@ -199,18 +206,29 @@ class FedParaModel(BaseTuner):
                 if isinstance(module, FedParaLayer):
                     module.free_base_weights()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a replaced weight cannot be removed.
+
+        Raises:
+            ReplacedWeightError: the base weights have been replaced.
+        """
+        self._refuse_if_replaced("delete_adapter", "the factors are the weight")
+        super().delete_adapter(adapter_name)
+
     def unload(self) -> nn.Module:
         """Remove the adapters; a replaced weight is nothing without them.
 
         Raises:
             ReplacedWeightError: the base weights have been replaced.
         """
-        for module in self.model.modules():
-            if isinstance(module, FedParaLayer):
-                module._refuse_if_replaced(
-                    "unload", "the factors are the weight; use merge_and_unload()"
-                )
+        self._refuse_if_replaced("unload", "the factors are the weight")
         return super().unload()
+
+    def _refuse_if_replaced(self, what: str, why: str) -> None:
+        if any(config.base_weight == "replaced" for config in self.peft_config.values()):
+            raise ReplacedWeightError(
+                f"{what} is not possible: base_weight='replaced', {why}; use merge_and_unload()"
+            )
 
     # Saving: only what is communicated.
 
