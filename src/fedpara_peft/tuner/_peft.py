@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
     _find_minimal_target_modules,
+    _get_in_out_features,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
     _maybe_include_all_linear_layers,
@@ -32,6 +33,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "find_minimal_names",
     "get_pattern_key",
+    "in_out_features",
     "is_excluded",
     "is_key_under_prefixes",
     "match_target_against_key",
@@ -44,6 +46,7 @@ __all__ = [
 NAME = "fedpara"
 DEFAULT_TARGETS: dict[str, Any] = dict(TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING)
 find_minimal_names = _find_minimal_target_modules
+in_out_features = _get_in_out_features
 is_key_under_prefixes = _is_key_under_prefixes
 resolve_all_linear = _maybe_include_all_linear_layers
 tuner_key_prefixes = _get_tuner_state_dict_key_prefixes

@@ -166,7 +166,7 @@ class FedParaConfig(PeftConfig):
                     f"`{name}` cannot be used when `target_modules` is a str: it would have to be "
                     "part of the regex; give target_modules as a list"
                 )
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform in (None, []):
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )

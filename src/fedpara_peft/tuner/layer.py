@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..maths.compose import Half, Nonlinearity, add_composed_, compose
 from ..maths.init import factor_std, fill_normal, half_variances
 from ..maths.rank import ParameterizationName
-from ._peft import quantization_backend_of
+from ._peft import in_out_features, quantization_backend_of
 from .config import ComputePath, FedParaConfig
 from .errors import ReplacedWeightError
 from .plan import WeightPlan, WeightShape
@@ -99,6 +99,7 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend_of(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
+        self.in_features, self.out_features = self.features_of(self.get_base_layer())
         for container in self.adapter_layer_names:
             setattr(self, container, nn.ModuleDict())
         self.r: dict[str, int] = {}
@@ -118,6 +119,12 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
     def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:
         """The weights of a layer of this kind that can be factorized, by name."""
         raise NotImplementedError
+
+    @staticmethod
+    def features_of(base_layer: nn.Module) -> tuple[int, int]:
+        """Inputs and outputs of the layer, which PEFT shows on every tuner layer."""
+        inputs, outputs = in_out_features(base_layer)
+        return int(inputs), int(outputs)
 
     @classmethod
     def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:

@@ -31,7 +31,7 @@ from .layer import FedParaLayer
 from .linear import Linear
 from .plan import WeightPlan, alpha_for, plan_layer
 from .recurrent import Recurrent
-from .scope import local_tensors
+from .scope import local_tensors, saved_name
 
 #: Layer kinds: the classes of base layers and the layer that factorizes them.
 LAYER_KINDS: tuple[tuple[tuple[type[nn.Module], ...], type[FedParaLayer]], ...] = (
@@ -244,7 +244,7 @@ class FedParaModel(BaseTuner):
         # PEFT goes on to pick embedding tensors from the same dictionary after this hook, so what
         # must not leave the client is taken out of the dictionary itself.
         for name in local_tensors(model):
-            state_dict.pop(name, None)
+            state_dict.pop(saved_name(name), None)
         if config.base_weight == "replaced":
             return dict(state_dict)
         return super()._get_adapter_state_dict(
@@ -260,7 +260,7 @@ class FedParaModel(BaseTuner):
             for prefix, module in model.named_modules():
                 if isinstance(module, FedParaLayer):
                     for name in module.bias_names():
-                        key = f"{prefix}.base_layer.{name}"
+                        key = f"{saved_name(prefix)}.base_layer.{name}"
                         found[key] = state_dict[key]
         return found
 

@@ -31,6 +31,12 @@ class Recurrent(FedParaLayer):
             if name.startswith("weight")
         }
 
+    @staticmethod
+    def features_of(base_layer: nn.Module) -> tuple[int, int]:
+        """Input size, and the size of an output of one direction."""
+        assert isinstance(base_layer, nn.RNNBase)
+        return base_layer.input_size, base_layer.proj_size or base_layer.hidden_size
+
     @property
     def weight(self) -> Tensor:
         """A recurrent layer has several weights and none of this name."""

@@ -73,7 +73,12 @@ def persistent_buffers(model: nn.Module) -> list[str]:
 
 def base_name(name: str) -> str:
     """A module's name in the plain model: without what PEFT and the tuner wrapped around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return saved_name(name).removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def saved_name(name: str) -> str:
+    """A name as ``state_dict()`` has it: FSDP's wrappers are in modules' names only."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def module_matches(name: str, patterns: Collection[str] | str) -> bool:
