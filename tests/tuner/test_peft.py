@@ -20,6 +20,8 @@ from peft import (
 from tests.zoo import Net, adapted, mlp, net_inputs, randomize
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -30,6 +32,7 @@ from transformers import (
 
 from fedpara_peft import (
     CheckpointError,
+    ConfigError,
     FedParaConfig,
     FedParaLayer,
     ReplacedWeightError,
@@ -37,7 +40,10 @@ from fedpara_peft import (
     UnsupportedLayerError,
     communicated_state,
     fedpara_summary,
+    load_local_state,
+    local_state,
 )
+from fedpara_peft.integrations.transformers import LocalStateCallback
 
 IDS = torch.arange(24).reshape(2, 12) % 17
 
@@ -376,7 +382,176 @@ def test_inference_cache_follows_every_change():
     assert "_forms" not in str(model.state_dict().keys())
 
 
+def personal(**config):
+    return adapted(mlp(norm=False), parameterization="pfedpara", **config)
+
+
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_loading_a_shared_half_keeps_a_trained_personal_one(tmp_path, base_weight):
+    model = personal(base_weight=base_weight)
+    model.save_pretrained(tmp_path / "fresh")
+    model(torch.randn(3, 16)).sum().backward()  # it has been trained
+    randomize(model)
+    kept = {k: v.clone() for k, v in local_state(model).items()}
+    model.load_adapter(tmp_path / "fresh", "default")
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    assert kept
+    assert all(torch.equal(v, kept[k]) for k, v in local_state(model).items())
+    again = personal(base_weight=base_weight)
+    load_local_state(again, kept)
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    assert all(torch.equal(v, kept[k]) for k, v in local_state(again).items())
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_half_a_model_loads_without_a_warning_and_is_neutral(tmp_path, base_weight, low):
+    plain = mlp(norm=False)
+    config = FedParaConfig(
+        r=3, base_weight=base_weight, parameterization="pfedpara", target_modules=["0", "2"]
+    )
+    model = randomize(get_peft_model(copy.deepcopy(plain), config))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        half = PeftModel.from_pretrained(
+            copy.deepcopy(plain), tmp_path, is_trainable=True, low_cpu_mem_usage=low
+        )
+    with torch.no_grad():
+        for name, tensor in local_state(model).items():
+            tensor.zero_()
+            assert name in local_state(half)
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(half(x), model(x))
+    half(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in half.named_parameters() if "w2_y" in n)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_local_state_callback_makes_resuming_exact(tmp_path):
+    def train(folder, resume=None):
+        torch.manual_seed(3)
+        config = FedParaConfig(r=2, parameterization="pfedpara", target_modules="all-linear")
+        model = get_peft_model(llama(), config)
+        args = TrainingArguments(
+            str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=4, seed=1,
+            learning_rate=0.01, report_to="none", use_cpu=True, disable_tqdm=True,
+            logging_strategy="no", lr_scheduler_type="constant", dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=Rows(), callbacks=[LocalStateCallback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "b" / "checkpoint-2")
+    resumed = train(tmp_path / "b", str(tmp_path / "b" / "checkpoint-2"))
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def bert(labels=3):
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64, num_labels=labels,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("local", [None, ["classifier"]])
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_classification_heads_save_load_and_may_stay_local(tmp_path, base_weight, local):
+    config = FedParaConfig(
+        r=2, base_weight=base_weight, target_modules=["query", "value"], task_type="SEQ_CLS",
+        local_modules=local,
+    )  # fmt: skip
+    model = randomize(get_peft_model(bert(), config)).eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "adapter_model.safetensors").read_bytes()
+    head = model.base_model.model.classifier.modules_to_save["default"].weight
+    assert (head.detach().numpy().tobytes() in written) == (local is None)
+    again = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True).eval()
+    assert torch.allclose(logits(again), expected) == (local is None)
+    if local:
+        load_local_state(again, local_state(model))
+        torch.testing.assert_close(logits(again), expected, atol=0, rtol=0)
+
+
+def test_a_module_of_the_adapters_name_and_other_adapter_names(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.default = nn.Linear(16, 16)
+            self.fedpara_x = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.fedpara_x(self.default(x))
+
+    x = torch.randn(2, 16)
+    config = FedParaConfig(r=2, base_weight="replaced", target_modules=["default"])
+    model = randomize(get_peft_model(Odd(), config, "default"))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Odd(), tmp_path, "other")
+    assert torch.equal(again(x), model(x))
+
+
+def test_half_precision_models_train_with_replaced_weights():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = adapted(Net().to(dtype), target_modules=["conv", "embed", "hidden"])
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        images, ids = net_inputs()
+        assert model(images.to(dtype), ids).dtype == dtype
+    model = adapted(mlp(norm=False), compute_path="khatri_rao")
+    with torch.autocast("cpu", torch.float16):
+        assert model(torch.randn(2, 16)).dtype == torch.float16
+
+
+def test_per_sample_gradients():
+    config = FedParaConfig(r=2, target_modules=["0"], compute_path="khatri_rao")
+    model = randomize(get_peft_model(nn.Sequential(nn.Linear(6, 5)), config))
+    x = torch.randn(3, 6)
+    values = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values, row):
+        return torch.func.functional_call(model, values, (row[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    model(x).square().sum().backward()
+    for name, p in values.items():
+        torch.testing.assert_close(per_sample[name].sum(0), p.grad)
+
+
 # What is refused.
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_layers_that_do_not_use_their_weight_as_it_is():
+    class Positions(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(torch.arange(ids.shape[1]))
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    old = nn.utils.weight_norm(nn.Linear(16, 16))
+    for module in (Positions(9, 16), normed, old):
+        with pytest.raises(UnsupportedLayerError, match="does not use its weight as it is"):
+            get_peft_model(nn.Sequential(module), FedParaConfig(target_modules=["0"]))
+    model = nn.Sequential(Doubled(16, 16))
+    with pytest.raises(UnsupportedLayerError, match="a forward of its own"):
+        get_peft_model(model, FedParaConfig(base_weight="replaced", r=2, target_modules=["0"]))
+    x = torch.randn(2, 16)
+    expected = model(x)
+    frozen = get_peft_model(model, FedParaConfig(target_modules=["0"]))
+    torch.testing.assert_close(frozen(x), expected)
+    with pytest.raises(ConfigError, match="PeftMixedModel"):
+        get_peft_model(
+            mlp(), FedParaConfig(base_weight="replaced", target_modules=["0"]), mixed=True
+        )
 
 
 def test_refusals_of_targets_leave_the_model_untouched():

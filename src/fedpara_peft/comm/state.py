@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..tuner.layer import FedParaLayer
 from ..tuner.scope import LocalModules, Scope, tensor_scopes
 from .errors import StateError
 
@@ -56,6 +57,10 @@ def load_local_state(
 ) -> None:
     """Copy a local state into the model in place; see :func:`load_communicated_state`."""
     _load(local_state(model, local_modules), state, "local")
+    for module in model.modules():
+        if isinstance(module, FedParaLayer):
+            for adapter_name in module.specs:
+                module.keep_local_half(adapter_name)
 
 
 def save_local(

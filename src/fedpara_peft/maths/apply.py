@@ -113,13 +113,17 @@ def linear(
     """
     if any(half.t is not None for half in halves):
         raise RankError("a half with a core is a convolution kernel, not a matrix: use conv stages")
+    if torch._C._are_functorch_transforms_active():  # per-sample gradients, vmap: plain operations
+        a, b, _ = low_rank_form(halves, parameterization)
+        out = scale * ((x @ b.to(x.dtype)) @ a.to(x.dtype).T)
+        return out if base is None else base + out
     factors = [factor for half in halves for factor in half.tensors()]
     flat = x.reshape(-1, x.shape[-1])
     flat_base = None if base is None else base.reshape(-1, base.shape[-1]).to(x.dtype)
-    out: Tensor = _KhatriRaoLinear.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _KhatriRaoLinear.apply(  # type: ignore[no-untyped-call]
         parameterization, scale, flat, flat_base, *factors
     )
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class _KhatriRaoLinear(torch.autograd.Function):

@@ -26,6 +26,8 @@ from peft.utils.constants import (
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key, match_target_against_key
 from torch import nn
 
+from .errors import ConfigError
+
 __all__ = [
     "DEFAULT_TARGETS",
     "DUMMY_TARGET_MODULES",
@@ -121,7 +123,7 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     _join_mixed_model(config_cls, model_cls, layer_cls)
 
 
-def _join_mixed_model(config_cls: type, model_cls: Any, layer_cls: type) -> None:
+def _join_mixed_model(config_cls: Any, model_cls: Any, layer_cls: type) -> None:
     """Extend the allow-lists of ``PeftMixedModel``, which are hard-coded.
 
     Its dispatch is a chain of isinstance checks ending in a TypeError; ours goes before it.
@@ -139,6 +141,11 @@ def _join_mixed_model(config_cls: type, model_cls: Any, layer_cls: type) -> None
 
     def _create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, config_cls):
+            if config.base_weight == "replaced":
+                raise ConfigError(
+                    "PeftMixedModel adds adapters to a base weight: base_weight='replaced' has "
+                    "none; use base_weight='frozen'"
+                )
             model_cls._create_and_replace(self, config, *args, **kwargs)
         else:
             stock_create(self, config, *args, **kwargs)

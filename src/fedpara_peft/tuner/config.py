@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from ..maths.errors import RankError
 from ..maths.rank import ParameterizationName, check_gamma, check_rank
@@ -15,6 +15,8 @@ from .errors import ConfigError
 BaseWeight = Literal["frozen", "replaced"]
 Bias = Literal["none", "all", "fedpara_only"]
 ComputePath = Literal["auto", "compose", "khatri_rao"]
+
+_HEAD_TASKS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 #: ``target_modules`` value that stands for every layer kind that can be factorized.
 ALL_SUPPORTED = "all-supported"
@@ -182,6 +184,8 @@ class FedParaConfig(PeftConfig):
             ("init_weights", True, "there is no identity to start from; leave init_weights out"),
         ):
             value = getattr(self, name)
+            if name == "modules_to_save" and self.task_type in _HEAD_TASKS:
+                continue  # PEFT itself writes the head's name there
             if value != unset and value not in ([], {}):
                 raise ConfigError(
                     f"{name}={value!r} has no meaning with base_weight='replaced': {instead}"

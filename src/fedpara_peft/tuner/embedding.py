@@ -48,12 +48,13 @@ class Embedding(FedParaLayer):
         if self._base_alone():
             return self.base_layer(x, *args, **kwargs)
         scale = self._get_embed_scale()  # Gemma's embeddings multiply what they look up
+        adapters = self._adapters_to_run()
         if self.replaced:
             rows = self._rows(x, next(iter(self.specs)))
             return rows if scale is None else rows * scale.to(rows.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
-        for adapter_name in self._adapters_to_run():
+        for adapter_name in adapters:
             rows = self._rows(x, adapter_name)
             if scale is not None:
                 rows = rows * scale.to(rows.dtype)

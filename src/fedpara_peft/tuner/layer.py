@@ -109,6 +109,7 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
+        self._fresh_local: set[str] = set()
         self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, plans=plans, alpha=alpha)
@@ -191,8 +192,20 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         spec = self.specs[adapter_name]
         for name in spec.plans:
             self._draw(adapter_name, name, range(spec.num_halves))
+            halves = self.halves(adapter_name, name)
             if init_weights and not spec.replaced:
-                nn.init.zeros_(self.halves(adapter_name, name)[spec.identity_half].y)
+                nn.init.zeros_(halves[spec.identity_half].y)
+                if spec.parameterization == "pfedpara":  # W₁ = 0 is the identity; W₂ = 0 is neutral
+                    nn.init.zeros_(halves[1].y)
+        self._fresh_local.add(adapter_name)
+
+    def keep_local_half(self, adapter_name: str) -> None:
+        """Note that a checkpoint without the personal half must not reset it."""
+        self._fresh_local.discard(adapter_name)
+
+    def has_fresh_local_half(self, adapter_name: str) -> bool:
+        """Whether the personal half is as it was drawn: neither trained nor loaded."""
+        return adapter_name in self._fresh_local
 
     def reset_local_half(self, adapter_name: str) -> None:
         """Draw the personal half W₂ anew so that W₂ = 0: neutral, because W₂ + 1 = 1."""
@@ -302,6 +315,8 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.specs]
         if not self.training:
             return names
+        if self._fresh_local:
+            self._fresh_local.difference_update(names)
         return [n for n in names if not _chance(self.specs[n].module_dropout)]
 
     # What PEFT expects of a layer.

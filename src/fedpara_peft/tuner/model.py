@@ -10,12 +10,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._peft import (
     DEFAULT_TARGETS,
     DUMMY_TARGET_MODULES,
+    AuxiliaryTrainingWrapper,
     find_minimal_names,
     is_excluded,
     is_key_under_prefixes,
@@ -48,6 +50,8 @@ def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
     """The layer that factorizes a module, None where there is none."""
     # The output projection of MultiheadAttention: its parent reads the weight and never calls it.
     if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    if _weight_is_computed(base_layer):
         return None
     for classes, layer_cls in LAYER_KINDS:
         # Transposed convolutions are no subclass of these, quantized linear layers may be.
@@ -172,7 +176,8 @@ class FedParaModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(new_module, nn.RNNBase):  # PEFT would hand it a `weight`; it has several
+        recurrent = isinstance(new_module, nn.RNNBase)  # PEFT would hand it a `weight`
+        if recurrent or any(p.is_meta for p in new_module.parameters()):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -243,10 +248,15 @@ class FedParaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT goes on to pick embedding tensors from the same dictionary after this hook, so what
         # must not leave the client is taken out of the dictionary itself.
-        for name in local_tensors(model):
-            state_dict.pop(saved_name(name), None)
+        whole = dict(state_dict)
+        for name in map(saved_name, local_tensors(model)):
+            original = name.replace(f".modules_to_save.{adapter_name}.", ".original_module.")
+            state_dict.pop(name, None)
+            if original != name:  # PEFT insists on an entry: it gets the one before training
+                state_dict[name] = whole[original]
         if config.base_weight == "replaced":
-            return dict(state_dict)
+            wrapped = _auxiliary_names(model)
+            return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, wrapped)}
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -264,6 +274,20 @@ class FedParaModel(BaseTuner):
                         found[key] = state_dict[key]
         return found
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Only behind a container of factors: the model may have modules of the adapter's name.
+        parts = key.split(".")
+        for i in range(len(parts) - 1, 0, -1):
+            if parts[i] == adapter_name and parts[i - 1] in FedParaLayer.adapter_layer_names:
+                return ".".join(parts[:i] + parts[i + 1 :])
+        return key
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Replaced factors are the weight: they keep the dtype that the model was built in.
+        if self.peft_config[adapter_name].base_weight != "replaced":
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
     # Loading.
 
     @classmethod
@@ -278,6 +302,9 @@ class FedParaModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         _squeeze_cores(model, remapped)
+        for name in local_tensors(model):  # a client keeps its head; see _get_adapter_state_dict
+            if ".modules_to_save." in name:
+                remapped.pop(name, None)
         if config.base_weight == "replaced":
             remapped = cls._remap_rest(model, adapter_name, remapped)
         if config.parameterization == "pfedpara":
@@ -295,7 +322,10 @@ class FedParaModel(BaseTuner):
         renamed = dict(state)
         tied: dict[int, nn.Parameter] = {}
         missing = []
+        wrapped = _auxiliary_names(model)
         for key, tensor in target.items():
+            if is_key_under_prefixes(key, wrapped):
+                continue
             if is_key_under_prefixes(key, prefixes):
                 if key not in renamed and key not in local:
                     missing.append(key)
@@ -321,6 +351,26 @@ class FedParaModel(BaseTuner):
                 "build the model the adapter was trained with"
             )
         return renamed
+
+
+def _auxiliary_names(model: nn.Module) -> set[str]:
+    """Names of the modules that PEFT wrapped to train and save them whole."""
+    return {
+        saved_name(name)
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+
+
+def _weight_is_computed(module: nn.Module) -> bool:
+    """Whether the layer does not simply use its weight (weight norm, position embeddings)."""
+    if is_parametrized(module) or hasattr(module, "weight_g"):
+        return True
+    return (
+        isinstance(module, nn.Embedding)
+        and type(module).forward is not nn.Embedding.forward
+        and getattr(module, "embed_scale", None) is None
+    )
 
 
 def _resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
@@ -365,6 +415,8 @@ def _supported_class(target: nn.Module) -> type[FedParaLayer]:
         reason = "its parent MultiheadAttention reads the weight without calling the layer"
     elif isinstance(base_layer, nn.modules.conv._ConvTransposeNd):
         reason = "transposed convolutions are not factorized"
+    elif _weight_is_computed(base_layer):
+        reason = "it does not use its weight as it is (a parametrization, or its own forward)"
     else:
         reason = "FedPara has no form for it"
     raise UnsupportedLayerError(
@@ -376,7 +428,7 @@ def _supported_class(target: nn.Module) -> type[FedParaLayer]:
 def _check_replaceable(
     layer_cls: type[FedParaLayer], base_layer: nn.Module, key: str, shared: set[int]
 ) -> None:
-    if quantization_backend_of(base_layer) is not None:
+    if quantization_backend_of(base_layer, get_apply_tensor_subclass=dict) is not None:
         raise UnsupportedLayerError(
             f"{key} has a quantized weight, which cannot be replaced: use base_weight='frozen'"
         )
@@ -416,7 +468,11 @@ def _squeeze_cores(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _neutral_local_half(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Where a checkpoint holds only the global half, add a fresh neutral local one (W₂ = 0)."""
+    """Where a checkpoint holds only the global half, add the local one.
+
+    A personal half that has been trained or loaded stays; a freshly drawn one becomes neutral
+    (W₂ = 0).
+    """
     for prefix, module in model.named_modules():
         if not isinstance(module, FedParaLayer) or adapter_name not in module.specs:
             continue
@@ -427,6 +483,10 @@ def _neutral_local_half(model: nn.Module, adapter_name: str, state: dict[str, Te
             for weight in getattr(module, container)[adapter_name]
         }
         if not names or any(name in state for name in names):
+            continue
+        if not module.has_fresh_local_half(adapter_name):
+            for name, (container, weight) in names.items():
+                state[name] = getattr(module, container)[adapter_name][weight].data
             continue
         factors = {
             name: getattr(module, container)[adapter_name][weight]

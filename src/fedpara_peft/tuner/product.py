@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..maths.apply import LowRankForm, form_rank, has_low_rank_form, low_rank_form
 from ..maths.cost import low_rank_form_is_cheaper
+from .errors import UnsupportedLayerError
 from .layer import FedParaLayer
 
 
@@ -29,9 +30,9 @@ class ProductLayer(FedParaLayer):
         """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone."""
         if self._base_alone():
             return self.base_layer(x, *args, **kwargs)
+        adapters = self._adapters_to_run()
         if self.replaced:
             return self._forward_replaced(x, next(iter(self.specs)))
-        adapters = self._adapters_to_run()
         if len(adapters) == 1 and self._can_join(x, adapters[0]):
             adapter = adapters[0]
             if self._recording is None and not self._takes_form(x, adapter, joined=True):
@@ -54,6 +55,15 @@ class ProductLayer(FedParaLayer):
 
     # What a layer kind says about itself.
 
+    @classmethod
+    def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
+        """A layer with a forward of its own would not be computed as it does."""
+        if not type(base_layer).forward.__module__.startswith(("torch.nn.", "transformers.pyt")):
+            raise UnsupportedLayerError(
+                f"{key} is a {type(base_layer).__name__} with a forward of its own, which a "
+                "replaced weight would go past: use base_weight='frozen' or a plain layer"
+            )
+
     def _positions(self, x: Tensor) -> int:
         """Rows that the weight multiplies."""
         raise NotImplementedError
@@ -74,8 +84,8 @@ class ProductLayer(FedParaLayer):
     def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
         bias = self.get_base_layer().bias
         if self._takes_form(x, adapter_name, joined=False):
-            out = self._apply_form(x, adapter_name, None)
-            return out if bias is None else out + self._shaped_bias(bias)
+            out = self._apply_form(x, adapter_name, None).to(_output_dtype(x))
+            return out if bias is None else out + self._shaped_bias(bias).to(out.dtype)
         weight = self.get_delta_weight(adapter_name)
         return self._apply_weight(x, weight.to(x.dtype), bias)
 
@@ -132,8 +142,8 @@ class ProductLayer(FedParaLayer):
     def _low_rank_form(self, adapter_name: str, dtype: torch.dtype) -> LowRankForm:
         """The low-rank form in a dtype; kept in inference while the factors stay what they are.
 
-        In-place changes are seen by the tensors' version counters. Writing through ``.data`` goes
-        past them: call ``train()`` or ``eval()`` after that.
+        Replaced factors and in-place changes are seen, the latter by the tensors' version counters.
+        Writing into ``.data`` in place goes past them: call ``eval()`` after that.
         """
         halves = self.halves(adapter_name)
         factors = [factor for half in halves for factor in half.tensors()]
@@ -142,7 +152,7 @@ class ProductLayer(FedParaLayer):
         if any(f.is_inference() for f in factors):
             return _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
         made_from, form = self._forms.get(adapter_name, (None, None))
-        state = (dtype, [(f, f._version) for f in factors])
+        state = (dtype, [(f, (f._version, f.data_ptr())) for f in factors])
         if form is None or not _same(made_from, state):
             form = _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
             self._forms[adapter_name] = (state, form)
@@ -169,7 +179,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
     bfloat16 has float32's range. float16 has not, and x B may leave it.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _output_dtype(x)
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
