@@ -74,6 +74,36 @@ def factor_std(
     return float((variance / r**2) ** (1 / 6) if kernel else (variance / r) ** 0.25)
 
 
+def identity_start_std(
+    r: int, fan_in: int, parameterization: ParameterizationName, *, kernel: bool = False
+) -> float:
+    """Std of the factors beside a frozen weight, where one factor starts at zero (ΔW = 0).
+
+    Nothing is composed yet whose variance could be matched; what the factors set is how far ΔW
+    goes in the first step of size η on a gradient G. fedpara goes as far as PEFT's LoHa,
+    ``η G / 27 N``, the others as far as a LoRA of rank r, ``η G r / 3 N``, so that learning rates
+    carry over:
+
+        r² σ⁶ = 1 / 27 N    fedpara, matrix         r σ² = r / 3 N      others, matrix
+        r⁴ σ¹⁰ = 1 / 27 N   fedpara, kernel         r² σ⁴ = r / 3 N     others, kernel
+
+    Args:
+        r: inner rank.
+        fan_in: N, inputs of an output (channels times kernel positions).
+        parameterization: the form of the weight.
+        kernel: whether the halves have cores.
+
+    Raises:
+        RankError: r < 1.
+    """
+    check_rank(r)
+    if parameterization == "fedpara":
+        power, product = (10, 27 * fan_in * r**4) if kernel else (6, 27 * fan_in * r**2)
+    else:
+        power, product = (4, 3 * fan_in * r) if kernel else (2, 3 * fan_in)
+    return float(product ** (-1 / power))
+
+
 def fill_normal(tensor: Tensor, std: float) -> None:
     """Fill a factor in place with N(0, std²) from torch's global generator."""
     with torch.no_grad():

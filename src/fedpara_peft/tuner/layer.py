@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,7 @@ from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from ..maths.compose import Half, Nonlinearity, add_composed_, compose
-from ..maths.init import factor_std, fill_normal, half_variances
+from ..maths.init import factor_std, fill_normal, half_variances, identity_start_std
 from ..maths.rank import ParameterizationName
 from ._peft import in_out_features, quantization_backend_of
 from .config import ComputePath, FedParaConfig
@@ -186,8 +186,8 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draw the factors anew from torch's global generator.
 
-        The composed weight gets the variance documented for its kind (replaced), or ``2 / (N K)``
-        at which the frozen mode's ΔW would start were it not for the identity.
+        A replaced weight gets the variance documented for its kind; beside a frozen one the
+        factors are drawn so that ΔW's first step is LoHa's (see :func:`identity_start_std`).
         """
         spec = self.specs[adapter_name]
         for name in spec.plans:
@@ -363,6 +363,10 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         """Whether PEFT may approximate this adapter by a LoRA: matrices over a frozen weight."""
         return self.kind == "linear" and not self.replaced
 
+    def __repr__(self) -> str:
+        """As PEFT's own layers: ``get_layer_status()`` shows the method's name."""
+        return "fedpara." + super().__repr__()
+
     def extra_repr(self) -> str:
         """Name the quantization back-end."""
         return quantization_extra_repr(self)
@@ -401,19 +405,21 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         if self.replaced:
             raise ReplacedWeightError(f"{what} is not possible: base_weight='replaced', {instead}")
 
-    def _draw(self, adapter_name: str, name: str, which: Any) -> None:
+    def _draw(self, adapter_name: str, name: str, which: Iterable[int]) -> None:
         spec = self.specs[adapter_name]
-        plan = spec.plans[name]
-        variance = plan.shape.variance
-        if not spec.replaced:
-            variance = 2 * plan.shape.out_features / plan.shape.numel
-        variances = half_variances(variance, spec.parameterization, spec.nonlinearity)
         for index in which:
-            std = factor_std(
-                variances[index], plan.r, kernel=bool(plan.kernel), nonlinearity=spec.nonlinearity
-            )
+            std = self._factor_std(spec, spec.plans[name], index)
             for factor in self.halves(adapter_name, name)[index].tensors():
                 fill_normal(factor, std)
+
+    @staticmethod
+    def _factor_std(spec: AdapterSpec, plan: WeightPlan, index: int) -> float:
+        kernel = bool(plan.kernel)
+        if not spec.replaced:
+            fan_in = plan.shape.numel // plan.shape.out_features
+            return identity_start_std(plan.r, fan_in, spec.parameterization, kernel=kernel)
+        variances = half_variances(plan.shape.variance, spec.parameterization, spec.nonlinearity)
+        return factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
 
     @torch.no_grad()
     def _merged(self, adapter_name: str, name: str, safe: bool) -> Tensor:

@@ -124,8 +124,11 @@ class ProductLayer(FedParaLayer):
     def _can_join(self, x: Tensor, adapter_name: str) -> bool:
         """Whether W₀ + ΔW may stand for both: a plain float weight whose layer nobody watches."""
         base_layer = self.base_layer
-        if type(base_layer).__module__.startswith("torch.nn.") and isinstance(
-            weight := base_layer.weight, nn.Parameter
+        weight: Any = getattr(base_layer, "weight", None)
+        # FSDP shows plain tensors in place of parameters; quantized weights are subclasses.
+        if type(base_layer).__module__.startswith("torch.nn.") and type(weight) in (
+            nn.Parameter,
+            Tensor,
         ):
             spec = self.specs[adapter_name]
             return (
