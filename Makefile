@@ -48,6 +48,11 @@ test-slow: $(TESTS)  ## The tests that take minutes
 check: test demo  ## All that must pass before a change is done
 
 bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
+	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/convolutions.py
+	$(BIN)/python benchmarks/from_scratch.py
+	$(BIN)/python benchmarks/jacobian.py
+	$(BIN)/python benchmarks/figure6_rank.py
 	$(BIN)/python benchmarks/digits_equal_size.py
 
 fmt: $(TESTS)  ## Format the code

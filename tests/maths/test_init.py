@@ -5,7 +5,12 @@ import torch
 
 from fedpara_peft import RankError
 from fedpara_peft.maths.compose import Half, compose
-from fedpara_peft.maths.init import TANH_VARIANCE_CAP, factor_std, half_variances
+from fedpara_peft.maths.init import (
+    TANH_VARIANCE_CAP,
+    factor_std,
+    half_variances,
+    identity_start_std,
+)
 
 
 def draw(variance, name, tanh, r, kernel, m=96, n=64):
@@ -68,3 +73,33 @@ def test_tanh_is_compensated_and_bounded():
 def test_bad_variance():
     with pytest.raises(RankError, match="must be positive, got 0"):
         half_variances(0, "fedpara")
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("name", ["fedpara", "pfedpara", "lowrank"])
+def test_first_step_of_an_identity_start(name, kernel):
+    """One SGD step from ΔW = 0 moves ΔW by the documented multiple of the gradient, in the mean."""
+    m, n, r = 60, 30, 4
+    fan_in = n * (9 if kernel else 1)
+    std = identity_start_std(r, fan_in, name, kernel=bool(kernel))
+    ratios = []
+    for _ in range(150):
+        halves = []
+        for index in range(1 if name == "lowrank" else 2):
+            half = Half(
+                torch.randn(m, r), torch.randn(n, r), torch.randn(r, r, *kernel) if kernel else None
+            )
+            half = Half(*(None if f is None else std * f.double() for f in half))
+            if index == (1 if name == "fedpara" else 0) or (name == "pfedpara" and index == 1):
+                half.y.zero_()
+            halves.append(half)
+        factors = [f.requires_grad_() for h in halves for f in h.tensors()]
+        gradient = torch.randn(m, n, *kernel, dtype=torch.float64)
+        steps = torch.autograd.grad(compose(halves, name), factors, gradient)
+        eta = 1e-6
+        moved = iter([f - eta * g for f, g in zip(factors, steps, strict=True)])
+        after = [Half(next(moved), next(moved), next(moved) if kernel else None) for _ in halves]
+        step = -compose(after, name).detach() / eta
+        ratios.append(float((step * gradient).sum() / gradient.square().sum()))
+    expected = 1 / (27 * fan_in) if name == "fedpara" else r / (3 * fan_in)
+    assert sum(ratios) / len(ratios) == pytest.approx(expected, rel=0.15)
