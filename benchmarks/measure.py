@@ -65,10 +65,13 @@ class PeakTensorBytes(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation and count the storages it made."""
+        given = {t.untyped_storage()._cdata for t in _tensors(args)}
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given:  # a view makes nothing
+                    self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -83,6 +86,14 @@ class PeakTensorBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._live.discard(key)
         self.now -= size
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, tuple | list):
+        return [t for value in values for t in _tensors(value)]
+    return []
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

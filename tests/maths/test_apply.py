@@ -46,13 +46,32 @@ def test_gradients_once_and_twice(name, with_base):
 
     def function(x, base, *factors):
         pairs = [Half(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
-        return linear(x, pairs, name, 1.7, base)
+        return linear(x, pairs, name, 1.7, base=base)
 
     pairs = [Half(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
     expected = 1.7 * x @ compose(pairs, name).T + (0 if base is None else base)
     torch.testing.assert_close(function(x, base, *factors), expected)
     assert torch.autograd.gradcheck(function, (x, base, *factors))
     assert torch.autograd.gradgradcheck(function, (x, base, *factors))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_together_with_the_base_weight(name, with_bias):
+    factors = [f.requires_grad_() for h in halves(name) for f in h.tensors()]
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True) if with_bias else None
+
+    def function(x, weight, bias, *factors):
+        pairs = [Half(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
+        return linear(x, pairs, name, 1.7, weight=weight, bias=bias)
+
+    pairs = [Half(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
+    expected = torch.nn.functional.linear(x, weight + 1.7 * compose(pairs, name), bias)
+    torch.testing.assert_close(function(x, weight, bias, *factors), expected)
+    assert torch.autograd.gradcheck(function, (x, weight, bias, *factors))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias, *factors))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -88,15 +88,19 @@ def linear(
     halves: Sequence[Half],
     parameterization: ParameterizationName = "fedpara",
     scale: float = 1.0,
+    *,
     base: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Apply a factorized matrix to activations without composing it.
 
-        y = base + scale · (x B) Aᵀ
+        y = base + x W₀ᵀ + bias + scale · (x B) Aᵀ
 
-    For the backward pass only x, the factors and ``x B`` are kept; A and B are made again. Products
-    run in x's dtype (bfloat16 activations over float32 factors stay bfloat16; the factors'
-    gradients come back in the factors' dtype). Differentiable twice.
+    For the backward pass only x, the factors, W₀ and ``x B`` are kept; A and B are made again. With
+    W₀ given, both products share their sums, forward and backward, which saves passes over the
+    activations. Products run in x's dtype (bfloat16 activations over float32 factors stay bfloat16;
+    the factors' gradients come back in the factors' dtype). Differentiable twice.
 
     Args:
         x: activations ``(..., N)``.
@@ -104,6 +108,8 @@ def linear(
         parameterization: the form of the weight.
         scale: factor on the product.
         base: tensor ``(..., M)`` to add to, None for zero. It is not modified.
+        weight: W₀ ``(M, N)``, None for zero; not together with ``base``.
+        bias: ``(M,)``, None for zero; not together with ``base``.
 
     Returns:
         ``(..., M)``, dtype of x.
@@ -116,18 +122,20 @@ def linear(
     if torch._C._are_functorch_transforms_active():  # per-sample gradients, vmap: plain operations
         a, b, _ = low_rank_form(halves, parameterization)
         out = scale * ((x @ b.to(x.dtype)) @ a.to(x.dtype).T)
-        return out if base is None else base + out
+        for part in (base, bias, None if weight is None else x @ weight.T):
+            out = out if part is None else out + part
+        return out
     factors = [factor for half in halves for factor in half.tensors()]
     flat = x.reshape(-1, x.shape[-1])
     flat_base = None if base is None else base.reshape(-1, base.shape[-1]).to(x.dtype)
     result: Tensor = _KhatriRaoLinear.apply(  # type: ignore[no-untyped-call]
-        parameterization, scale, flat, flat_base, *factors
+        parameterization, scale, flat, flat_base, weight, bias, *factors
     )
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class _KhatriRaoLinear(torch.autograd.Function):
-    """``base + s (x B) Aᵀ`` that keeps x, the factors and x B only."""
+    """``base + x W₀ᵀ + bias + s (x B) Aᵀ``; keeps x, the factors, W₀ and x B only."""
 
     @staticmethod
     def forward(
@@ -136,28 +144,38 @@ class _KhatriRaoLinear(torch.autograd.Function):
         scale: float,
         x: Tensor,
         base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
         a, b, _ = low_rank_form(_pairs(factors), parameterization)
         h = x @ b.to(x.dtype)
         a = a.to(x.dtype)
-        ctx.save_for_backward(x, h, *factors)
-        ctx.parameterization, ctx.scale, ctx.has_base = parameterization, scale, base is not None
+        ctx.save_for_backward(x, h, weight, *factors)
+        ctx.parameterization, ctx.scale = parameterization, scale
+        if weight is not None:
+            return torch.nn.functional.linear(x, weight, bias).addmm_(h, a.T, alpha=scale)
+        if base is None:
+            base = bias
         if base is not None:
             return torch.addmm(base, h, a.T, alpha=scale)
         return (h @ a.T) * scale if scale != 1 else h @ a.T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, h, *factors = ctx.saved_tensors
+        x, h, weight, *factors = ctx.saved_tensors
         halves = _pairs(factors)
         a, b, _ = low_rank_form(halves, ctx.parameterization)
         a, b = a.to(x.dtype), b.to(x.dtype)
         if torch.is_grad_enabled():  # create_graph: h must depend on what it was made from
             h = x @ b
-        need_x, _, *need_factors = ctx.needs_input_grad[2:]
+        need_x, need_base, need_weight, need_bias, *need_factors = ctx.needs_input_grad[2:]
         grad_h = (grad @ a) * ctx.scale if ctx.scale != 1 else grad @ a
-        grad_x = grad_h @ b.T if need_x else None
+        grad_x = None
+        if need_x and weight is None:
+            grad_x = grad_h @ b.T
+        elif need_x:
+            grad_x = (grad @ weight).addmm_(grad_h, b.T)
         grad_factors: list[Tensor | None] = [None] * len(factors)
         if any(need_factors):
             grad_a = (grad.T @ h).to(factors[0].dtype)
@@ -165,7 +183,15 @@ class _KhatriRaoLinear(torch.autograd.Function):
             if ctx.scale != 1:
                 grad_a = grad_a * ctx.scale
             grad_factors = _factor_gradients(grad_a, grad_b, halves, ctx.parameterization)
-        return None, None, grad_x, grad if ctx.has_base else None, *grad_factors
+        return (
+            None,
+            None,
+            grad_x,
+            grad if need_base else None,
+            grad.T @ x if need_weight else None,
+            grad.sum(0) if need_bias else None,
+            *grad_factors,
+        )
 
 
 def _factor_gradients(

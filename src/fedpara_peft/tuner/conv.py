@@ -45,7 +45,9 @@ class Conv(ProductLayer):
         # The base layer's own method, for its stride, padding mode, dilation and groups.
         return self.get_base_layer()._conv_forward(x, weight, bias)
 
-    def _apply_form(self, x: Tensor, adapter_name: str, base: Tensor | None) -> Tensor:
+    def _apply_form(
+        self, x: Tensor, adapter_name: str, base: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
         base_layer, scale = self.get_base_layer(), self.scale_of(adapter_name)
         kernel = base_layer.kernel_size
         x = x.to(compute_dtype(x))
@@ -58,11 +60,9 @@ class Conv(ProductLayer):
         else:
             h = pointwise(x, b.T.reshape(*b.T.shape, *ones))
             h = base_layer._conv_forward(h, core, None)
-        out = pointwise(h, (a * scale if scale != 1 else a).reshape(*a.shape, *ones))
+        bias = None if bias is None else bias.to(x.dtype)
+        out = pointwise(h, (a * scale if scale != 1 else a).reshape(*a.shape, *ones), bias)
         return out if base is None else base + out
-
-    def _shaped_bias(self, bias: Tensor) -> Tensor:
-        return bias.view(-1, *[1] * len(self.get_base_layer().kernel_size))
 
     def _drop_output_features(self, delta: Tensor, p: float) -> Tensor:
         spatial = len(self.get_base_layer().kernel_size)

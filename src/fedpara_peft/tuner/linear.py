@@ -37,13 +37,24 @@ class Linear(ProductLayer):
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.T if self.transposed else weight, bias)
 
-    def _apply_form(self, x: Tensor, adapter_name: str, base: Tensor | None) -> Tensor:
+    def _apply_form_joined(self, x: Tensor, adapter_name: str) -> Tensor:
+        spec, base_layer = self.specs[adapter_name], self.get_base_layer()
+        weight = base_layer.weight.T if self.transposed else base_layer.weight
+        halves, scale = self.halves(adapter_name), self.scale_of(adapter_name)
+        return linear(x, halves, spec.parameterization, scale, weight=weight, bias=base_layer.bias)
+
+    def _apply_form(
+        self, x: Tensor, adapter_name: str, base: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
         spec, scale = self.specs[adapter_name], self.scale_of(adapter_name)
         x = x.to(compute_dtype(x))
         if torch.is_grad_enabled() or self.training:
-            return linear(x, self.halves(adapter_name), spec.parameterization, scale, base)
+            halves = self.halves(adapter_name)
+            bias = None if bias is None else bias.to(x.dtype)
+            return linear(x, halves, spec.parameterization, scale, base=base, bias=bias)
         form = self._low_rank_form(adapter_name, x.dtype)
         delta = F.linear(F.linear(x, form.b.T), form.a)
+        base = bias if base is None else base
         if base is None:
             return delta if scale == 1 else delta * scale
         return torch.add(base, delta, alpha=scale)

@@ -35,7 +35,12 @@ class ProductLayer(FedParaLayer):
             return self._forward_replaced(x, next(iter(self.specs)))
         if len(adapters) == 1 and self._can_join(x, adapters[0]):
             adapter = adapters[0]
-            if self._recording is None and not self._takes_form(x, adapter, joined=True):
+            takes_form = self._takes_form(x, adapter, joined=True)
+            if takes_form and torch.is_grad_enabled():
+                out = self._apply_form_joined(x, adapter)
+                if out is not None:
+                    return out
+            if self._recording is None and not takes_form:
                 base_layer = self.get_base_layer()
                 halves = self.halves(adapter)
                 weight = self._compose(adapter, "weight", halves, base=base_layer.weight)
@@ -72,9 +77,15 @@ class ProductLayer(FedParaLayer):
         """The plain layer's product with another weight (in the base layer's layout)."""
         raise NotImplementedError
 
-    def _apply_form(self, x: Tensor, adapter_name: str, base: Tensor | None) -> Tensor:
-        """``base + scale · x Wᵀ`` by the low-rank form."""
+    def _apply_form(
+        self, x: Tensor, adapter_name: str, base: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        """``base + bias + scale · x Wᵀ`` by the low-rank form; one of base and bias at most."""
         raise NotImplementedError
+
+    def _apply_form_joined(self, x: Tensor, adapter_name: str) -> Tensor | None:
+        """The low-rank form and the base layer in one, None where that gains nothing."""
+        return None
 
     def _form_is_possible(self) -> bool:
         return True
@@ -84,8 +95,7 @@ class ProductLayer(FedParaLayer):
     def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
         bias = self.get_base_layer().bias
         if self._takes_form(x, adapter_name, joined=False):
-            out = self._apply_form(x, adapter_name, None).to(_output_dtype(x))
-            return out if bias is None else out + self._shaped_bias(bias).to(out.dtype)
+            return self._apply_form(x, adapter_name, None, bias).to(_output_dtype(x))
         weight = self.get_delta_weight(adapter_name)
         return self._apply_weight(x, weight.to(x.dtype), bias)
 
@@ -160,9 +170,6 @@ class ProductLayer(FedParaLayer):
             form = _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
             self._forms[adapter_name] = (state, form)
         return form
-
-    def _shaped_bias(self, bias: Tensor) -> Tensor:
-        return bias
 
 
 def _cast(form: LowRankForm, dtype: torch.dtype) -> LowRankForm:
