@@ -117,9 +117,22 @@ def measure(case: tuple[Any, ...], seconds: float) -> dict[str, Any]:
         row[f"{kind}_peak_bytes"] = peak_bytes(step(model, x, grad))
         if kind != "fedpara":
             row[f"fedpara/{kind}"] = ratio(times, "fedpara", kind)
+    if dtype == torch.bfloat16:
+        for kind in ("fedpara", "lora", "loha"):
+            row[f"{kind}_error"] = output_error(models[kind], x)
     if tokens == 1:
         row |= inference(models, base, n, seconds)
     return row
+
+
+def output_error(model: nn.Module, x: torch.Tensor) -> float:
+    """Relative error of what the adapter adds, against float64."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        added, wide = model(x).double(), exact(x.double())
+        with model.disable_adapter(), exact.disable_adapter():  # type: ignore[operator]
+            added, wide = added - model(x).double(), wide - exact(x.double())
+    return float((added - wide).norm() / wide.norm())
 
 
 def inference(
@@ -163,6 +176,14 @@ def main() -> None:
         for r in rows
     ]  # fmt: skip
     text = table(header, lines)
+    half = [r for r in rows if "fedpara_error" in r]
+    if half:
+        text += "\n\nbfloat16 base, float32 adapters: relative error, against float64, of what the "
+        text += (
+            "adapter adds to the output: "
+            + ", ".join(f"{k} {half[-1][f'{k}_error']:.4f}" for k in ("fedpara", "lora", "loha"))
+            + " (the rounding of the sum to bfloat16 is in all three)."
+        )
     single = [r for r in rows if "inference_fedpara/lora" in r]
     if single:
         text += (
