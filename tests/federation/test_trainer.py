@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.zoo import adapted, mlp
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpara_peft import (
     ArgumentsError,
@@ -16,6 +17,7 @@ from fedpara_peft import (
     FederatedArguments,
     FederatedCallback,
     FederatedTrainer,
+    FedParaConfig,
     History,
     RoundError,
     accuracy,
@@ -274,6 +276,35 @@ def test_bad_clients_and_models(tmp_path):
         FederatedTrainer(
             mlp(), arguments(tmp_path, learning_rate=1e30, clients_per_round=1), [data]
         ).train()
+
+
+def test_local_tensors_are_refused_until_they_can_be_kept(tmp_path):
+    model = adapted(mlp(), parameterization="pfedpara")
+    with pytest.raises(NotImplementedError, match="local_state"):
+        FederatedTrainer(model, arguments(tmp_path, clients_per_round=1), [toy()])
+
+
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_a_transformers_model_with_its_own_loss(tmp_path, base_weight):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=32,
+        num_attention_heads=2,
+    )  # fmt: skip
+    rows = [{"input_ids": [(i + j) % 31 for j in range(9)]} for i in range(40)]
+    data = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+    model = get_peft_model(
+        LlamaForCausalLM(config),
+        FedParaConfig(
+            r=4, target_modules="all-linear", base_weight=base_weight, task_type="CAUSAL_LM"
+        ),
+    )
+    args = arguments(tmp_path, num_rounds=6, learning_rate=0.5, max_grad_norm=1.0)
+    trainer = FederatedTrainer(model, args, partition(data, "iid", 4), data)
+    history = trainer.train()
+    assert history[-1].metrics["eval_loss"] < history[0].metrics["eval_loss"]
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
 def test_cohort_sizes():

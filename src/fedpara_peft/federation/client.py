@@ -11,8 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..comm.state import State
-from ..tuner.jacobian import jacobian_correction
-from ..tuner.layer import composed_weights
+from ..tuner.jacobian import composed_weights, jacobian_correction
 from .arguments import FederatedArguments
 from .batches import Collator, batches
 from .errors import RoundError

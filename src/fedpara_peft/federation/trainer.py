@@ -98,10 +98,17 @@ class FederatedTrainer:
             momentum=args.momentum,
             weight_decay=args.weight_decay,
         )
-        # What is trained or updated but not communicated starts afresh for every client.
+        if local_state(model):
+            raise NotImplementedError(
+                "the model has local tensors (pFedPara's W₂ or local_modules), which would have to "
+                "be kept for every client: not supported by the trainer yet; train them with "
+                "communicated_state(model) and local_state(model) in a loop of your own"
+            )
+        # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         state = communicated_state(model)
-        kept = {**local_state(model), **_buffers(model)}
-        self._not_communicated = {k: v.clone() for k, v in kept.items() if k not in state}
+        self._not_communicated = {
+            k: v.clone() for k, v in _buffers(model).items() if k not in state
+        }
 
     def train(self) -> History:
         """Run all rounds; the model holds the global state afterwards.

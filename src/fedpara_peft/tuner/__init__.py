@@ -3,8 +3,8 @@
 from ._peft import register
 from .config import FedParaConfig
 from .convert import loha_to_fedpara, save_as_loha, save_as_lora
-from .jacobian import jacobian_correction
-from .layer import FedParaLayer, composed_weights
+from .jacobian import composed_weights, jacobian_correction
+from .layer import FedParaLayer
 from .model import FedParaModel
 from .summary import fedpara_summary
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..maths.jacobian import jacobian_penalty
 from .errors import ConfigError
-from .layer import ComposedWeight
+from .layer import ComposedWeight, FedParaLayer
+
+
+@contextmanager
+def composed_weights(model: nn.Module) -> Iterator[dict[str, ComposedWeight]]:
+    """Collect the composed weights of the forward pass inside the block, by layer name.
+
+    While it is open every layer composes its weight (no faster path is taken) and reuses it if it
+    is called again, so that the loss's gradient with respect to the composed weight exists. One
+    block is for one loss: open a new one after the factors have changed.
+    """
+    found: dict[str, ComposedWeight] = {}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FedParaLayer)]
+    try:
+        for name, layer in layers:
+            layer._recording = (name, found)
+        yield found
+    finally:
+        for _, layer in layers:
+            layer._recording = None
 
 
 def jacobian_correction(
@@ -27,7 +47,7 @@ def jacobian_correction(
     Args:
         loss: the loss L; its graph is kept.
         composed: the composed weights of the forward pass, from
-            :func:`~.layer.composed_weights`.
+            :func:`composed_weights`.
         learning_rate: η, the optimizer's.
         strength: λ.
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -475,25 +474,6 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
             for parameter in base_layer.parameters():
                 return parameter.device, parameter.dtype
         return device, dtype
-
-
-@contextmanager
-def composed_weights(model: nn.Module) -> Iterator[dict[str, ComposedWeight]]:
-    """Collect the composed weights of the forward pass inside the block, by layer name.
-
-    While it is open every layer composes its weight (no faster path is taken) and reuses it if it
-    is called again, so that the loss's gradient with respect to the composed weight exists. One
-    block is for one loss: open a new one after the factors have changed.
-    """
-    found: dict[str, ComposedWeight] = {}
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FedParaLayer)]
-    try:
-        for name, layer in layers:
-            layer._recording = (name, found)
-        yield found
-    finally:
-        for _, layer in layers:
-            layer._recording = None
 
 
 def _factor_shape(plan: WeightPlan, position: int) -> tuple[int, ...]:

@@ -2,63 +2,34 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ._peft import (
     DEFAULT_TARGETS,
     DUMMY_TARGET_MODULES,
-    AuxiliaryTrainingWrapper,
-    find_minimal_names,
     is_excluded,
     is_key_under_prefixes,
-    quantization_backend_of,
-    resolve_all_linear,
-    tuner_key_prefixes,
 )
-from .config import ALL_SUPPORTED, FedParaConfig
-from .conv import Conv
-from .embedding import Embedding
-from .errors import CheckpointError, ReplacedWeightError, TargetError, UnsupportedLayerError
+from .checkpoint import auxiliary_names, fill_local_half, remap_rest, squeeze_cores
+from .config import FedParaConfig
+from .errors import ReplacedWeightError, TargetError
 from .layer import FedParaLayer
-from .linear import Linear
 from .plan import WeightPlan, alpha_for, plan_layer
-from .recurrent import Recurrent
 from .scope import local_tensors, saved_name
-
-#: Layer kinds: the classes of base layers and the layer that factorizes them.
-LAYER_KINDS: tuple[tuple[tuple[type[nn.Module], ...], type[FedParaLayer]], ...] = (
-    ((nn.Linear, Conv1D), Linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), Conv),
-    ((nn.Embedding,), Embedding),
-    ((nn.LSTM, nn.GRU, nn.RNN), Recurrent),
+from .targets import (
+    ancestors,
+    base_layer_of,
+    check_replaceable,
+    layer_class_for,
+    resolve_targets,
+    shared_parameters,
+    supported_class,
 )
-
-_PEFT_PREFIX = "base_model.model."
-
-
-def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
-    """The layer that factorizes a module, None where there is none."""
-    # The output projection of MultiheadAttention: its parent reads the weight and never calls it.
-    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if _weight_is_computed(base_layer):
-        return None
-    for classes, layer_cls in LAYER_KINDS:
-        # Transposed convolutions are no subclass of these, quantized linear layers may be.
-        if isinstance(base_layer, classes):
-            return layer_cls
-    backend = quantization_backend_of(base_layer)
-    return Linear if backend is not None and backend.layer_type == "linear" else None
 
 
 class FedParaModel(BaseTuner):
@@ -86,21 +57,21 @@ class FedParaModel(BaseTuner):
     # Before injection: everything that can be refused is refused here, with the model untouched.
 
     def _prepare_model(self, peft_config: FedParaConfig, model: nn.Module) -> None:
-        _resolve_targets(peft_config, model)
+        resolve_targets(peft_config, model)
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         replaced = peft_config.base_weight == "replaced"
         matched = 0
         factorized = 0
-        shared = _shared_parameters(model) if replaced else set()
+        shared = shared_parameters(model) if replaced else set()
         for key, module in model.named_modules():
             if not key or not self._is_target(peft_config, model, key):
                 continue
             matched += 1
-            base_layer = _base_layer(module)
-            layer_cls = _supported_class(module)
+            base_layer = base_layer_of(module)
+            layer_cls = supported_class(module)
             if replaced:
-                _check_replaceable(layer_cls, base_layer, key, shared)
+                check_replaceable(layer_cls, base_layer, key, shared)
             factorized += bool(plan_layer(peft_config, key, layer_cls.weights_of(base_layer)))
         if matched and not factorized:
             raise TargetError(
@@ -109,7 +80,7 @@ class FedParaModel(BaseTuner):
             )
 
     def _is_target(self, config: FedParaConfig, model: nn.Module, key: str) -> bool:
-        inside = any(isinstance(parent, BaseTunerLayer) for parent in _ancestors(model, key))
+        inside = any(isinstance(parent, BaseTunerLayer) for parent in ancestors(model, key))
         match = self._check_target_module_exists(config, key)
         return not inside and bool(match) and not is_excluded(match)
 
@@ -146,8 +117,8 @@ class FedParaModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         # PeftMixedModel calls this with itself as `self`: nothing of ours may be used on it.
-        base_layer = _base_layer(target)
-        plans = plan_layer(config, current_key, _supported_class(target).weights_of(base_layer))
+        base_layer = base_layer_of(target)
+        plans = plan_layer(config, current_key, supported_class(target).weights_of(base_layer))
         if not plans:
             return  # stays dense; fedpara_summary() shows it
         alpha = alpha_for(config, current_key)
@@ -171,7 +142,7 @@ class FedParaModel(BaseTuner):
         alpha: float | None,
         **kwargs: Any,
     ) -> FedParaLayer:
-        return _supported_class(target)(target, adapter_name, config, plans, alpha, **kwargs)
+        return supported_class(target)(target, adapter_name, config, plans, alpha, **kwargs)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -255,7 +226,7 @@ class FedParaModel(BaseTuner):
             if original != name:  # PEFT insists on an entry: it gets the one before training
                 state_dict[name] = whole[original]
         if config.base_weight == "replaced":
-            wrapped = _auxiliary_names(model)
+            wrapped = auxiliary_names(model)
             return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, wrapped)}
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -271,7 +242,8 @@ class FedParaModel(BaseTuner):
                 if isinstance(module, FedParaLayer):
                     for name in module.bias_names():
                         key = f"{saved_name(prefix)}.base_layer.{name}"
-                        found[key] = state_dict[key]
+                        if key in state_dict:  # a local module's is not
+                            found[key] = state_dict[key]
         return found
 
     @classmethod
@@ -301,204 +273,13 @@ class FedParaModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        _squeeze_cores(model, remapped)
+        squeeze_cores(model, remapped)
         for name in local_tensors(model):  # a client keeps its head; see _get_adapter_state_dict
             if ".modules_to_save." in name:
                 remapped.pop(name, None)
         if config.base_weight == "replaced":
-            remapped = cls._remap_rest(model, adapter_name, remapped)
+            remove = cls._remove_adapter_name_from_key
+            remapped = remap_rest(model, adapter_name, remapped, remove)
         if config.parameterization == "pfedpara":
-            _neutral_local_half(model, adapter_name, remapped)
+            fill_local_half(model, adapter_name, remapped)
         return remapped
-
-    @classmethod
-    def _remap_rest(
-        cls, model: nn.Module, adapter_name: str, state: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Bring the entries beside the factors to the model's keys and miss none silently."""
-        prefixes = tuner_key_prefixes(model, adapter_name=adapter_name)
-        target = model.state_dict()
-        local = local_tensors(model)
-        renamed = dict(state)
-        tied: dict[int, nn.Parameter] = {}
-        missing = []
-        wrapped = _auxiliary_names(model)
-        for key, tensor in target.items():
-            if is_key_under_prefixes(key, wrapped):
-                continue
-            if is_key_under_prefixes(key, prefixes):
-                if key not in renamed and key not in local:
-                    missing.append(key)
-                continue
-            saved = cls._remove_adapter_name_from_key(key, adapter_name)
-            candidates = [k for k in (key, saved, _PEFT_PREFIX + saved) if k in renamed]
-            if candidates:
-                value = renamed.pop(candidates[0])
-                # Loading with assign=True unties what shares storage, unless it gets one object.
-                if tensor.device.type != "meta" and isinstance(
-                    parameter := _get_tensor(model, key), nn.Parameter
-                ):
-                    value = tied.setdefault(
-                        id(parameter), nn.Parameter(value, requires_grad=parameter.requires_grad)
-                    )
-                renamed[key] = value
-            elif key not in local:
-                missing.append(key)
-        if missing:
-            raise CheckpointError(
-                f"the saved adapter lacks {len(missing)} of the model's tensors, first "
-                f"{missing[:3]}: with base_weight='replaced' a checkpoint holds the whole model; "
-                "build the model the adapter was trained with"
-            )
-        return renamed
-
-
-def _auxiliary_names(model: nn.Module) -> set[str]:
-    """Names of the modules that PEFT wrapped to train and save them whole."""
-    return {
-        saved_name(name)
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-    }
-
-
-def _weight_is_computed(module: nn.Module) -> bool:
-    """Whether the layer does not simply use its weight (weight norm, position embeddings)."""
-    if is_parametrized(module) or hasattr(module, "weight_g"):
-        return True
-    return (
-        isinstance(module, nn.Embedding)
-        and type(module).forward is not nn.Embedding.forward
-        and getattr(module, "embed_scale", None) is None
-    )
-
-
-def _resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
-    """Turn the shorthands of ``target_modules`` into names."""
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_SUPPORTED:
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        shared = _shared_parameters(model)
-        names: list[str] = []
-        others: list[str] = []
-        for name, module in model.named_modules():
-            inside = any(isinstance(p, BaseTunerLayer) for p in _ancestors(model, name))
-            wanted = (
-                bool(name)
-                and not inside
-                and layer_class_for(_base_layer(module)) is not None
-                and module is not head
-                and not any(id(p) in shared for p in _base_layer(module).parameters())
-            )
-            (names if wanted else others).append(name)
-        if not names:
-            raise TargetError(
-                "target_modules='all-supported' found no layer that can be factorized: the model "
-                "has no Linear, Conv, Embedding or recurrent layer"
-            )
-        config.target_modules = find_minimal_names(names, [n for n in others if n])
-    else:
-        resolve_all_linear(config, model)
-
-
-def _base_layer(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _supported_class(target: nn.Module) -> type[FedParaLayer]:
-    base_layer = _base_layer(target)
-    layer_cls = layer_class_for(base_layer)
-    if layer_cls is not None:
-        return layer_cls
-    kinds = ", ".join(cls.__name__ for classes, _ in LAYER_KINDS for cls in classes)
-    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        reason = "its parent MultiheadAttention reads the weight without calling the layer"
-    elif isinstance(base_layer, nn.modules.conv._ConvTransposeNd):
-        reason = "transposed convolutions are not factorized"
-    elif _weight_is_computed(base_layer):
-        reason = "it does not use its weight as it is (a parametrization, or its own forward)"
-    else:
-        reason = "FedPara has no form for it"
-    raise UnsupportedLayerError(
-        f"Target module {base_layer} is not supported: {reason}. Name {kinds} or quantized linear "
-        "layers in target_modules, or put this one into exclude_modules."
-    )
-
-
-def _check_replaceable(
-    layer_cls: type[FedParaLayer], base_layer: nn.Module, key: str, shared: set[int]
-) -> None:
-    if quantization_backend_of(base_layer, get_apply_tensor_subclass=dict) is not None:
-        raise UnsupportedLayerError(
-            f"{key} has a quantized weight, which cannot be replaced: use base_weight='frozen'"
-        )
-    if any(id(p) in shared for p in base_layer.parameters(recurse=False)):
-        raise TargetError(
-            f"{key} shares its weight with another module, which would be left without one: put "
-            "it into exclude_modules, or untie the weights before"
-        )
-    layer_cls.check_replaceable(base_layer, key)
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of parameters that several modules hold."""
-    count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return {key for key, number in count.items() if number > 1}
-
-
-def _ancestors(model: nn.Module, key: str) -> list[nn.Module]:
-    """The modules around the module of this name, the model itself first."""
-    parts = key.split(".")[:-1]
-    modules = [model]
-    for part in parts:
-        modules.append(getattr(modules[-1], part))
-    return modules if key else []
-
-
-def _get_tensor(model: nn.Module, key: str) -> Tensor:
-    module, _, name = key.rpartition(".")
-    return getattr(model.get_submodule(module), name)
-
-
-def _squeeze_cores(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Bring cores of Conv1d layers that were converted from LoHa, which are k x 1, to shape k."""
-    for name, parameter in model.named_parameters():
-        if name in state and state[name].shape == (*parameter.shape, 1):
-            state[name] = state[name].squeeze(-1)
-
-
-def _neutral_local_half(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Where a checkpoint holds only the global half, add the local one.
-
-    A personal half that has been trained or loaded stays; a freshly drawn one becomes neutral
-    (W₂ = 0).
-    """
-    for prefix, module in model.named_modules():
-        if not isinstance(module, FedParaLayer) or adapter_name not in module.specs:
-            continue
-        names = {
-            f"{prefix}.{container}.{adapter_name}.{weight}": (container, weight)
-            for container in module.local_containers(adapter_name)
-            if adapter_name in getattr(module, container)
-            for weight in getattr(module, container)[adapter_name]
-        }
-        if not names or any(name in state for name in names):
-            continue
-        if not module.has_fresh_local_half(adapter_name):
-            for name, (container, weight) in names.items():
-                state[name] = getattr(module, container)[adapter_name][weight].data
-            continue
-        factors = {
-            name: getattr(module, container)[adapter_name][weight]
-            for name, (container, weight) in names.items()
-        }
-        if any(factor.is_meta for factor in factors.values()):
-            for name, (container, weight) in names.items():
-                parameters = getattr(module, container)[adapter_name]
-                parameters[weight] = nn.Parameter(
-                    torch.empty_like(factors[name], device="cpu"),
-                    requires_grad=factors[name].requires_grad,
-                )
-        module.reset_local_half(adapter_name)
-        for name, (container, weight) in names.items():
-            state[name] = getattr(module, container)[adapter_name][weight].data

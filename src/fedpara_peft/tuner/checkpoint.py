@@ -1,0 +1,117 @@
+"""Bringing a saved state to a model's keys: the rest of a replaced model, missing local halves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ._peft import AuxiliaryTrainingWrapper, is_key_under_prefixes, tuner_key_prefixes
+from .errors import CheckpointError
+from .layer import FedParaLayer
+from .scope import local_tensors, saved_name
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def remap_rest(
+    model: nn.Module,
+    adapter_name: str,
+    state: dict[str, Tensor],
+    remove_adapter_name: Callable[[str, str], str],
+) -> dict[str, Tensor]:
+    """Bring the entries beside the factors to the model's keys and miss none silently."""
+    prefixes = tuner_key_prefixes(model, adapter_name=adapter_name)
+    target = model.state_dict()
+    local = local_tensors(model)
+    renamed = dict(state)
+    tied: dict[int, nn.Parameter] = {}
+    missing = []
+    wrapped = auxiliary_names(model)
+    for key, tensor in target.items():
+        if is_key_under_prefixes(key, wrapped):
+            continue
+        if is_key_under_prefixes(key, prefixes):
+            if key not in renamed and key not in local:
+                missing.append(key)
+            continue
+        saved = remove_adapter_name(key, adapter_name)
+        candidates = [k for k in (key, saved, _PEFT_PREFIX + saved) if k in renamed]
+        if candidates:
+            value = renamed.pop(candidates[0])
+            # Loading with assign=True unties what shares storage, unless it gets one object.
+            if tensor.device.type != "meta" and isinstance(
+                parameter := _get_tensor(model, key), nn.Parameter
+            ):
+                value = tied.setdefault(
+                    id(parameter), nn.Parameter(value, requires_grad=parameter.requires_grad)
+                )
+            renamed[key] = value
+        elif key not in local:
+            missing.append(key)
+    if missing:
+        raise CheckpointError(
+            f"the saved adapter lacks {len(missing)} of the model's tensors, first "
+            f"{missing[:3]}: with base_weight='replaced' a checkpoint holds the whole model; "
+            "build the model the adapter was trained with"
+        )
+    return renamed
+
+
+def auxiliary_names(model: nn.Module) -> set[str]:
+    """Names of the modules that PEFT wrapped to train and save them whole."""
+    return {
+        saved_name(name)
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+
+
+def _get_tensor(model: nn.Module, key: str) -> Tensor:
+    module, _, name = key.rpartition(".")
+    return getattr(model.get_submodule(module), name)
+
+
+def squeeze_cores(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Bring cores of Conv1d layers that were converted from LoHa, which are k x 1, to shape k."""
+    for name, parameter in model.named_parameters():
+        if name in state and state[name].shape == (*parameter.shape, 1):
+            state[name] = state[name].squeeze(-1)
+
+
+def fill_local_half(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Where a checkpoint holds only the global half, add the local one.
+
+    A personal half that has been trained or loaded stays; a freshly drawn one becomes neutral
+    (W₂ = 0).
+    """
+    for prefix, module in model.named_modules():
+        if not isinstance(module, FedParaLayer) or adapter_name not in module.specs:
+            continue
+        names = {
+            f"{prefix}.{container}.{adapter_name}.{weight}": (container, weight)
+            for container in module.local_containers(adapter_name)
+            if adapter_name in getattr(module, container)
+            for weight in getattr(module, container)[adapter_name]
+        }
+        if not names or any(name in state for name in names):
+            continue
+        if not module.has_fresh_local_half(adapter_name):
+            for name, (container, weight) in names.items():
+                state[name] = getattr(module, container)[adapter_name][weight].data
+            continue
+        factors = {
+            name: getattr(module, container)[adapter_name][weight]
+            for name, (container, weight) in names.items()
+        }
+        if any(factor.is_meta for factor in factors.values()):
+            for name, (container, weight) in names.items():
+                parameters = getattr(module, container)[adapter_name]
+                parameters[weight] = nn.Parameter(
+                    torch.empty_like(factors[name], device="cpu"),
+                    requires_grad=factors[name].requires_grad,
+                )
+        module.reset_local_half(adapter_name)
+        for name, (container, weight) in names.items():
+            state[name] = getattr(module, container)[adapter_name][weight].data
