@@ -109,4 +109,4 @@ def test_ledger_adds_up_what_was_sent():
     assert ledger.total_bytes(1) == 4 * len(payload.data)
     assert ledger.total_bytes(0, "uplink") == 2 * len(payload.data)
     assert ledger.header_bytes(0, "uplink") == 2 * payload.header_bytes
-    assert ledger.transfers[0].total_bytes == len(payload.data)
+    assert next(ledger.transfers()).total_bytes == len(payload.data)

@@ -151,6 +151,8 @@ def test_bytes_are_the_payloads_lengths(tmp_path, kind):
     for report in history:
         assert report.uplink_bytes == report.downlink_bytes == 3 * len(payload.data)
         assert report.header_bytes == 6 * payload.header_bytes
+        sent = {t.client for t in trainer.ledger.transfers(report.round, "uplink")}
+        assert sent == set(report.cohort)
     assert history.total_bytes == trainer.ledger.total_bytes() == 18 * len(payload.data)
 
 
@@ -272,10 +274,15 @@ def test_bad_clients_and_models(tmp_path):
         FederatedTrainer(mlp().requires_grad_(False), args, [data])
     with pytest.raises(ArgumentsError, match="give eval_dataset"):
         FederatedTrainer(mlp(), args, [data]).evaluate()
-    with pytest.raises(RoundError, match="lower learning_rate"):
-        FederatedTrainer(
-            mlp(), arguments(tmp_path, learning_rate=1e30, clients_per_round=1), [data]
-        ).train()
+
+
+def test_a_diverging_client_leaves_the_last_good_model(tmp_path):
+    model = adapted(mlp())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    args = arguments(tmp_path, learning_rate=1e30, clients_per_round=1)
+    with pytest.raises(RoundError, match=r"client 0 diverged in round 1.*lower learning_rate"):
+        FederatedTrainer(model, args, [toy()]).train()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_local_tensors_are_refused_until_they_can_be_kept(tmp_path):

@@ -129,7 +129,11 @@ class FederatedTrainer:
             callback.on_train_begin(server)
         with tqdm(total=args.num_rounds, desc="round", disable=args.disable_tqdm) as bar:
             for _ in range(args.num_rounds):
-                server, report = self._round(server)
+                try:
+                    server, report = self._round(server)
+                except BaseException:
+                    self._load_global(server.params)  # the last good model, not a client's
+                    raise
                 reports.append(report)
                 self._after_round(server, report)
                 bar.set_postfix(self._progress(reports), refresh=False)
@@ -213,9 +217,9 @@ class FederatedTrainer:
         broadcast = self._to_device(decode(downlink.data, schema))
         updates = []
         for client in cohort:
-            self.ledger.record(number, client, "downlink", downlink)
+            self.ledger.record(number + 1, client, "downlink", downlink)
             uplink, loss = self._client_turn(client, number, broadcast)
-            self.ledger.record(number, client, "uplink", uplink)
+            self.ledger.record(number + 1, client, "uplink", uplink)
             updates.append(
                 ClientUpdate(client, len(self.clients[client]), decode(uplink.data, schema), loss)
             )
@@ -226,9 +230,9 @@ class FederatedTrainer:
             cohort=tuple(cohort),
             train_loss=_mean_loss(updates),
             metrics={},
-            uplink_bytes=self.ledger.total_bytes(number, "uplink"),
-            downlink_bytes=self.ledger.total_bytes(number, "downlink"),
-            header_bytes=self.ledger.header_bytes(number),
+            uplink_bytes=self.ledger.total_bytes(server.round, "uplink"),
+            downlink_bytes=self.ledger.total_bytes(server.round, "downlink"),
+            header_bytes=self.ledger.header_bytes(server.round),
             seconds=time.perf_counter() - start,
         )
         if self._due(self.args.eval_every, server.round) and self.eval_dataset is not None:
