@@ -37,16 +37,17 @@ def test_the_form_is_the_weight(name, kernel):
     torch.testing.assert_close(weight, compose(parts, name))
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_once_and_twice(name, with_base):
+def test_gradients_once_and_twice(name, with_base, keep):
     factors = [f.requires_grad_() for h in halves(name) for f in h.tensors()]
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     base = torch.randn(3, 6, dtype=torch.float64, requires_grad=True) if with_base else None
 
     def function(x, base, *factors):
         pairs = [Half(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
-        return linear(x, pairs, name, 1.7, base=base)
+        return linear(x, pairs, name, 1.7, base=base, keep_form=keep)
 
     pairs = [Half(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
     expected = 1.7 * x @ compose(pairs, name).T + (0 if base is None else base)

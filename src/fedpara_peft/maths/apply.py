@@ -92,6 +92,7 @@ def linear(
     base: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    keep_form: bool = False,
 ) -> Tensor:
     """Apply a factorized matrix to activations without composing it.
 
@@ -110,6 +111,8 @@ def linear(
         base: tensor ``(..., M)`` to add to, None for zero. It is not modified.
         weight: W₀ ``(M, N)``, None for zero; not together with ``base``.
         bias: ``(M,)``, None for zero; not together with ``base``.
+        keep_form: keep A and B for the backward pass; for small weights, where making them again
+            costs more time than their memory is worth.
 
     Returns:
         ``(..., M)``, dtype of x.
@@ -129,19 +132,20 @@ def linear(
     flat = x.reshape(-1, x.shape[-1])
     flat_base = None if base is None else base.reshape(-1, base.shape[-1]).to(x.dtype)
     result: Tensor = _KhatriRaoLinear.apply(  # type: ignore[no-untyped-call]
-        parameterization, scale, flat, flat_base, weight, bias, *factors
+        parameterization, scale, keep_form, flat, flat_base, weight, bias, *factors
     )
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class _KhatriRaoLinear(torch.autograd.Function):
-    """``base + x W₀ᵀ + bias + s (x B) Aᵀ``; keeps x, the factors, W₀ and x B only."""
+    """``base + x W₀ᵀ + bias + s (x B) Aᵀ``."""
 
     @staticmethod
     def forward(
         ctx: Any,
         parameterization: ParameterizationName,
         scale: float,
+        keep_form: bool,
         x: Tensor,
         base: Tensor | None,
         weight: Tensor | None,
@@ -149,9 +153,10 @@ class _KhatriRaoLinear(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         a, b, _ = low_rank_form(_pairs(factors), parameterization)
-        h = x @ b.to(x.dtype)
-        a = a.to(x.dtype)
-        ctx.save_for_backward(x, h, weight, *factors)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        h = x @ b
+        kept = (a, b) if keep_form else (None, None)
+        ctx.save_for_backward(x, h, weight, *kept, *factors)
         ctx.parameterization, ctx.scale = parameterization, scale
         if weight is not None:
             return torch.nn.functional.linear(x, weight, bias).addmm_(h, a.T, alpha=scale)
@@ -163,13 +168,14 @@ class _KhatriRaoLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, h, weight, *factors = ctx.saved_tensors
+        x, h, weight, a, b, *factors = ctx.saved_tensors
         halves = _pairs(factors)
-        a, b, _ = low_rank_form(halves, ctx.parameterization)
-        a, b = a.to(x.dtype), b.to(x.dtype)
+        if a is None or torch.is_grad_enabled():
+            a, b, _ = low_rank_form(halves, ctx.parameterization)
+            a, b = a.to(x.dtype), b.to(x.dtype)
         if torch.is_grad_enabled():  # create_graph: h must depend on what it was made from
             h = x @ b
-        need_x, need_base, need_weight, need_bias, *need_factors = ctx.needs_input_grad[2:]
+        need_x, need_base, need_weight, need_bias, *need_factors = ctx.needs_input_grad[3:]
         grad_h = (grad @ a) * ctx.scale if ctx.scale != 1 else grad @ a
         grad_x = None
         if need_x and weight is None:
@@ -184,6 +190,7 @@ class _KhatriRaoLinear(torch.autograd.Function):
                 grad_a = grad_a * ctx.scale
             grad_factors = _factor_gradients(grad_a, grad_b, halves, ctx.parameterization)
         return (
+            None,
             None,
             None,
             grad_x,
@@ -208,7 +215,7 @@ def _factor_gradients(
     ):
         product = grad[:, :columns].reshape(-1, first.shape[1], second.shape[1])
         grad_first = torch.matmul(product, second.unsqueeze(2)).squeeze(2)
-        grad_second = torch.matmul(first.unsqueeze(1), product).squeeze(1)
+        grad_second = (product * first.unsqueeze(2)).sum(1)  # a matmul is slower this way round
         if name == "pfedpara":
             grad_first = grad_first + grad[:, columns:]
         gradients[0].append(grad_first)

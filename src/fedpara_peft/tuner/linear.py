@@ -51,7 +51,8 @@ class Linear(ProductLayer):
         if torch.is_grad_enabled() or self.training:
             halves = self.halves(adapter_name)
             bias = None if bias is None else bias.to(x.dtype)
-            return linear(x, halves, spec.parameterization, scale, base=base, bias=bias)
+            name, keep = spec.parameterization, spec.replaced
+            return linear(x, halves, name, scale, base=base, bias=bias, keep_form=keep)
         form = self._low_rank_form(adapter_name, x.dtype)
         delta = F.linear(F.linear(x, form.b.T), form.a)
         base = bias if base is None else base
