@@ -59,10 +59,59 @@ def test_filling_up_is_said():
     assert min(len(c) for c in clients) == 5
 
 
+@given(st.integers(5, 40), st.integers(1, 5), st.integers(0, 50))
+def test_classes_per_client(num_clients, classes, seed):
+    clients = partition(DATA, "classes_per_client", num_clients, seed, classes=classes)
+    assert sorted(v for c in clients for v in values(c)) == list(range(200))
+    held = [set(LABELS[values(c)]) for c in clients]
+    assert all(1 <= len(h) <= classes for h in held)
+
+
+@pytest.mark.parametrize("data", [DATA, ROWS], ids=["torch", "datasets"])
+@pytest.mark.filterwarnings("ignore:.*clients drew fewer")
+def test_quantity_skews_sizes_only(data):
+    sizes = [len(c) for c in partition(data, "quantity", 10, seed=2, concentration=0.3)]
+    assert sum(sizes) == 200
+    assert min(sizes) >= 1
+    assert max(sizes) > 40
+
+
+def test_a_client_per_value_of_a_column():
+    roles = ["Nurse", "Romeo", "Juliet", "Romeo", "Romeo", "Nurse"]
+    rows = Dataset.from_dict({"text": list("abcdef"), "role": roles})
+    clients = partition(rows, "column", 2, column="role", min_examples=2)
+    assert sorted(tuple(c["text"]) for c in clients) == [("a", "f"), ("b", "d", "e")]
+    with pytest.raises(PartitionError, match="2 values with at least 2 examples, fewer than 3"):
+        partition(rows, "column", 3, column="role", min_examples=2)
+    with pytest.raises(PartitionError, match="needs column="):
+        partition(rows, "column", 2)
+
+
+def test_a_partitioner_of_another_library():
+    class Halves:
+        num_partitions = 2
+
+        def load_partition(self, i):
+            return self.dataset.select(range(100 * i, 100 * i + (100 if i < self.full else 0)))
+
+    halves = Halves()
+    halves.full = 2
+    assert [len(c) for c in partition(ROWS, halves, 2)] == [100, 100]
+    with pytest.raises(PartitionError, match="give the same"):
+        partition(ROWS, halves, 3)
+    halves.full = 1
+    with pytest.raises(PartitionError, match="left 1 clients empty"):
+        partition(ROWS, halves, 2)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         (lambda: partition(DATA, "sorted", 3), "unknown scheme 'sorted': use one of"),
+        (lambda: partition(DATA, "classes_per_client", 2, classes=2), "cannot hold all 5"),
+        (lambda: partition(DATA, "classes_per_client", 9, classes=6), r"in \[1, 5\], got 6"),
+        (lambda: partition(DATA, "classes_per_client", 300), "use fewer clients"),
+        (lambda: partition(DATA, "quantity", 3, concentration=-1), "must be positive"),
         (lambda: partition(DATA, "iid", 0), "num_clients must be at least 1"),
         (lambda: partition(DATA, "iid", 201), "use fewer clients"),
         (lambda: partition(DATA, "dirichlet", 50, min_examples=5), "use fewer clients"),
