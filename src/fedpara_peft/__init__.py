@@ -18,7 +18,15 @@ from .federation.errors import ArgumentsError, ClientDataError, PartitionError, 
 from .federation.history import History
 from .federation.metrics import accuracy
 from .federation.partition import partition
-from .federation.strategies import FedAvg, Strategy
+from .federation.strategies import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Strategy,
+)
 from .federation.trainer import FederatedTrainer
 from .maths.errors import FedParaError, RankError
 from .maths.rank import parameter_count, rank_bounds, rank_for_gamma, rank_for_ratio
@@ -50,11 +58,16 @@ __all__ = [
     "ClientDataError",
     "ConfigError",
     "ConversionError",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
     "FedParaConfig",
     "FedParaError",
     "FedParaLayer",
     "FedParaModel",
+    "FedProx",
+    "FedYogi",
     "FederatedArguments",
     "FederatedCallback",
     "FederatedTrainer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .batches import Collator, batches
 from .errors import RoundError
 from .loss import batch_size
 from .random import derived_seed, torch_generator
+from .strategies import Strategy
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
 
@@ -30,6 +31,8 @@ def train_client(
     accelerator: Accelerator,
     compute_loss: LossFunction,
     collator: Collator | None,
+    strategy: Strategy,
+    broadcast: State,
     round: int,
     client: int,
 ) -> float:
@@ -43,6 +46,8 @@ def train_client(
         accelerator: device and mixed precision.
         compute_loss: ``(model, batch) -> loss`` or ``(loss, outputs)``.
         collator: makes a batch from rows.
+        strategy: corrects the gradients.
+        broadcast: w_t as received.
         round: round number, for the learning rate and the derived randomness.
         client: client index, for the derived randomness.
 
@@ -56,6 +61,7 @@ def train_client(
     for group in optimizer.param_groups:
         group["lr"] = args.learning_rate_at(round)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     model.train()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     seen = 0
@@ -69,6 +75,7 @@ def train_client(
                 optimizer.zero_grad(set_to_none=True)
                 loss, penalty = _loss(model, batch, compute_loss, accelerator, args, round)
                 accelerator.backward(loss + penalty)
+                _correct(named, broadcast, strategy)
                 if args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
                 optimizer.step()
@@ -107,6 +114,16 @@ def _forward(
     with accelerator.autocast():
         output = compute_loss(model, batch)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _correct(named: Mapping[str, nn.Parameter], broadcast: State, strategy: Strategy) -> None:
+    """Let the strategy correct the gradients in place."""
+    grads = {n: p.grad for n, p in named.items() if p.grad is not None}
+    with torch.no_grad():
+        corrected = strategy.correct(grads, named, broadcast)
+    if corrected is not grads:
+        for name, grad in corrected.items():
+            named[name].grad = grad
 
 
 def difference(state: State, broadcast: State) -> State:

@@ -18,11 +18,13 @@ class ServerState:
         round: rounds completed.
         params: the global state w_t.
         optimizer: what the strategy's server step keeps, by name.
+        buffers: names of the entries of ``params`` that are buffers, not parameters.
     """
 
     round: int
     params: State
     optimizer: Mapping[str, State] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

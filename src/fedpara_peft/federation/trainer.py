@@ -123,7 +123,11 @@ class FederatedTrainer:
         args = self.args
         self.ledger = Ledger()
         self._init_trackers()
-        server = ServerState(round=0, params=_clone(communicated_state(self.model)))
+        server = ServerState(
+            round=0,
+            params=_clone(communicated_state(self.model)),
+            buffers=frozenset(_buffers(self.model)),
+        )
         reports: list[RoundReport] = []
         for callback in self.callbacks:
             callback.on_train_begin(server)
@@ -250,6 +254,8 @@ class FederatedTrainer:
             accelerator=self.accelerator,
             compute_loss=self.compute_loss,
             collator=self.data_collator,
+            strategy=self.strategy,
+            broadcast=broadcast,
             round=number,
             client=client,
         )

@@ -1,0 +1,35 @@
+"""FedAvgM: server momentum (Hsu et al., arXiv:1909.06335)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..state import ServerState
+from .base import Strategy, advance, moment
+
+
+@dataclass(frozen=True)
+class FedAvgM(Strategy):
+    """FedAvg with momentum on the server.
+
+        v ← β v + Δ,   w_{t+1} = w_t + η v
+
+    Attributes:
+        server_momentum: β.
+        server_learning_rate: η.
+    """
+
+    server_momentum: float = 0.9
+    server_learning_rate: float = 1.0
+
+    def server_step(self, server: ServerState, mean_update: Mapping[str, Tensor]) -> ServerState:
+        """Move along the momentum of mean updates."""
+        velocity = {
+            name: self.server_momentum * v + mean_update[name]
+            for name, v in moment(server, "velocity").items()
+        }
+        step = {name: self.server_learning_rate * v for name, v in velocity.items()}
+        return advance(server, {**mean_update, **step}, {"velocity": velocity})
