@@ -22,9 +22,9 @@ class ProductLayer(FedParaLayer):
     """Base of linear layers and convolutions."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # adapter -> (what it was made from, form); used in inference only
         self._forms: dict[str, tuple[Any, LowRankForm]] = {}
-        super().__init__(*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone."""
@@ -33,18 +33,8 @@ class ProductLayer(FedParaLayer):
         adapters = self._adapters_to_run()
         if self.replaced:
             return self._forward_replaced(x, next(iter(self.specs)))
-        if len(adapters) == 1 and self._can_join(x, adapters[0]):
-            adapter = adapters[0]
-            takes_form = self._takes_form(x, adapter, joined=True)
-            if takes_form and torch.is_grad_enabled():
-                out = self._apply_form_joined(x, adapter)
-                if out is not None:
-                    return out
-            if self._recording is None and not takes_form:
-                base_layer = self.get_base_layer()
-                halves = self.halves(adapter)
-                weight = self._compose(adapter, "weight", halves, base=base_layer.weight)
-                return self._apply_weight(x, weight, base_layer.bias)
+        if len(adapters) == 1 and (joined := self._forward_joined(x, adapters[0])) is not None:
+            return joined
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         if self.quantization_backend is not None:
@@ -98,6 +88,17 @@ class ProductLayer(FedParaLayer):
             return self._apply_form(x, adapter_name, None, bias).to(_output_dtype(x))
         weight = self.get_delta_weight(adapter_name)
         return self._apply_weight(x, weight.to(x.dtype), bias)
+
+    def _forward_joined(self, x: Tensor, adapter_name: str) -> Tensor | None:
+        """Base layer and adapter in one product, None where they must stay apart."""
+        if self._recording is not None or not self._can_join(x, adapter_name):
+            return None
+        if self._takes_form(x, adapter_name, joined=True):
+            return self._apply_form_joined(x, adapter_name) if torch.is_grad_enabled() else None
+        base_layer = self.get_base_layer()
+        halves = self.halves(adapter_name)
+        weight = self._compose(adapter_name, "weight", halves, base=base_layer.weight)
+        return self._apply_weight(x, weight, base_layer.bias)
 
     def _add_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         p = self.specs[adapter_name].rank_dropout if self.training else 0.0
