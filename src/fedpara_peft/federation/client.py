@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +61,6 @@ def train_client(
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group["lr"] = args.learning_rate_at(round)
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     model.train()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -77,13 +77,13 @@ def train_client(
                 accelerator.backward(loss + penalty)
                 _correct(named, broadcast, strategy)
                 if args.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                    accelerator.clip_grad_norm_(named.values(), args.max_grad_norm)
                 optimizer.step()
                 examples = batch_size(batch)
                 total += loss.detach().double() * examples
                 seen += examples
     mean = float(total / seen)
-    if mean != mean or mean in (float("inf"), float("-inf")):
+    if not math.isfinite(mean):
         raise RoundError(
             f"client {client} diverged in round {round + 1} (loss {mean}): lower learning_rate "
             f"(now {args.learning_rate_at(round):.3g}) or set max_grad_norm"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from .errors import PartitionError
 from .random import numpy_generator
@@ -105,13 +105,13 @@ def labels_of(dataset: Any, label_column: str = "label", labels: Any = None) -> 
     return np.unique(values, return_inverse=True)[1]
 
 
-def _iid(dataset: Dataset[Any], num_clients: int, rng: np.random.Generator) -> Indices:
-    _check_enough(len(dataset), num_clients, 1)  # type: ignore[arg-type]
-    return [np.sort(p) for p in np.array_split(rng.permutation(len(dataset)), num_clients)]  # type: ignore[arg-type]
+def _iid(dataset: Any, num_clients: int, rng: np.random.Generator) -> Indices:
+    _check_enough(len(dataset), num_clients, 1)
+    return [np.sort(p) for p in np.array_split(rng.permutation(len(dataset)), num_clients)]
 
 
 def _dirichlet(
-    dataset: Dataset[Any],
+    dataset: Any,
     num_clients: int,
     rng: np.random.Generator,
     concentration: float = 0.5,
@@ -133,7 +133,7 @@ def _dirichlet(
 
 
 def _classes_per_client(
-    dataset: Dataset[Any],
+    dataset: Any,
     num_clients: int,
     rng: np.random.Generator,
     classes: int = 2,

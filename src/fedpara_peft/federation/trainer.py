@@ -19,7 +19,7 @@ from transformers import EvalPrediction
 
 from ..comm.ledger import Ledger
 from ..comm.payload import Payload, decode, encode, schema_of
-from ..comm.state import State, communicated_state, load_communicated_state, local_state
+from ..comm.state import State, communicated_state, local_state
 from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
 from .batches import Collator, batches
@@ -106,9 +106,8 @@ class FederatedTrainer:
             )
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         state = communicated_state(model)
-        self._not_communicated = {
-            k: v.clone() for k, v in _buffers(model).items() if k not in state
-        }
+        self._resting = {k: v for k, v in _buffers(model).items() if k not in state}
+        self._not_communicated = _clone(self._resting)
 
     def train(self) -> History:
         """Run all rounds; the model holds the global state afterwards.
@@ -123,9 +122,11 @@ class FederatedTrainer:
         args = self.args
         self.ledger = Ledger()
         self._init_trackers()
+        # Views of the model's own tensors, looked up once: training changes them in place.
+        self._live = communicated_state(self.model)
         server = ServerState(
             round=0,
-            params=_clone(communicated_state(self.model)),
+            params=_clone(self._live),
             buffers=frozenset(_buffers(self.model)),
         )
         reports: list[RoundReport] = []
@@ -259,14 +260,14 @@ class FederatedTrainer:
             round=number,
             client=client,
         )
-        return encode(difference(communicated_state(self.model), broadcast)), loss
+        return encode(difference(self._live, broadcast)), loss
 
     def _load_global(self, params: Mapping[str, Tensor]) -> None:
-        load_communicated_state(self.model, params)
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         with torch.no_grad():
-            for name, value in self._not_communicated.items():
-                tensors[name].copy_(value)
+            for name, tensor in self._live.items():
+                tensor.copy_(params[name])
+            for name, tensor in self._resting.items():
+                tensor.copy_(self._not_communicated[name])
 
     # Around the rounds.
 

@@ -32,6 +32,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "DUMMY_TARGET_MODULES",
     "FEDPARA",
+    "WRAPPER_PREFIX",
     "AuxiliaryTrainingWrapper",
     "find_minimal_names",
     "get_pattern_key",
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 NAME = "fedpara"
+#: What ``PeftModel`` puts before the names of the model it wraps.
+WRAPPER_PREFIX = "base_model.model."
 DEFAULT_TARGETS: dict[str, Any] = dict(TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING)
 find_minimal_names = _find_minimal_target_modules
 in_out_features = _get_in_out_features

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ._peft import AuxiliaryTrainingWrapper, is_key_under_prefixes, tuner_key_prefixes
+from ._peft import (
+    WRAPPER_PREFIX,
+    AuxiliaryTrainingWrapper,
+    is_key_under_prefixes,
+    tuner_key_prefixes,
+)
 from .errors import CheckpointError
 from .layer import FedParaLayer
 from .scope import local_tensors, saved_name
-
-_PEFT_PREFIX = "base_model.model."
 
 
 def remap_rest(
@@ -37,7 +40,7 @@ def remap_rest(
                 missing.append(key)
             continue
         saved = remove_adapter_name(key, adapter_name)
-        candidates = [k for k in (key, saved, _PEFT_PREFIX + saved) if k in renamed]
+        candidates = [k for k in (key, saved, WRAPPER_PREFIX + saved) if k in renamed]
         if candidates:
             value = renamed.pop(candidates[0])
             # Loading with assign=True unties what shares storage, unless it gets one object.
@@ -89,29 +92,20 @@ def fill_local_half(model: nn.Module, adapter_name: str, state: dict[str, Tensor
     for prefix, module in model.named_modules():
         if not isinstance(module, FedParaLayer) or adapter_name not in module.specs:
             continue
-        names = {
-            f"{prefix}.{container}.{adapter_name}.{weight}": (container, weight)
-            for container in module.local_containers(adapter_name)
-            if adapter_name in getattr(module, container)
-            for weight in getattr(module, container)[adapter_name]
-        }
-        if not names or any(name in state for name in names):
+        entries = {}
+        for name in module.local_containers(adapter_name):
+            if adapter_name in (container := getattr(module, name)):
+                for weight in container[adapter_name]:
+                    key = f"{prefix}.{name}.{adapter_name}.{weight}"
+                    entries[key] = (container[adapter_name], weight)
+        if not entries or any(name in state for name in entries):
             continue
-        if not module.has_fresh_local_half(adapter_name):
-            for name, (container, weight) in names.items():
-                state[name] = getattr(module, container)[adapter_name][weight].data
-            continue
-        factors = {
-            name: getattr(module, container)[adapter_name][weight]
-            for name, (container, weight) in names.items()
-        }
-        if any(factor.is_meta for factor in factors.values()):
-            for name, (container, weight) in names.items():
-                parameters = getattr(module, container)[adapter_name]
-                parameters[weight] = nn.Parameter(
-                    torch.empty_like(factors[name], device="cpu"),
-                    requires_grad=factors[name].requires_grad,
-                )
-        module.reset_local_half(adapter_name)
-        for name, (container, weight) in names.items():
-            state[name] = getattr(module, container)[adapter_name][weight].data
+        if module.has_fresh_local_half(adapter_name):
+            for factors, weight in entries.values():
+                if factors[weight].is_meta:
+                    factors[weight] = nn.Parameter(
+                        torch.empty_like(factors[weight], device="cpu"),
+                        requires_grad=factors[weight].requires_grad,
+                    )
+            module.reset_local_half(adapter_name)
+        state.update({name: factors[weight].data for name, (factors, weight) in entries.items()})

@@ -16,9 +16,9 @@ from peft import LoHaConfig, LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..maths.apply import has_low_rank_form, low_rank_form
+from ._peft import WRAPPER_PREFIX
 from .config import FedParaConfig
 from .conv import Conv
 from .embedding import Embedding
@@ -27,7 +27,6 @@ from .layer import HALF_CONTAINERS, AdapterSpec, FedParaLayer
 from .recurrent import Recurrent
 from .scope import base_name
 
-_PREFIX = "base_model.model."
 #: LoHa's factors in the order of ours: X, Y, T of each half.
 _LOHA = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 
@@ -70,9 +69,9 @@ def save_as_lora(
         tensors = _lora_factors(layer, adapter_name)
         ranks[name] = tensors[0].shape[0]
         first, second = _lora_names(layer)
-        state[f"{_PREFIX}{name}.{first}"] = tensors[0]
-        state[f"{_PREFIX}{name}.{second}"] = tensors[1]
-        transposed.append(isinstance(layer.get_base_layer(), Conv1D))
+        state[f"{WRAPPER_PREFIX}{name}.{first}"] = tensors[0]
+        state[f"{WRAPPER_PREFIX}{name}.{second}"] = tensors[1]
+        transposed.append(layer.transposed)
     if local_halves and not any(bool(y.any()) for y in local_halves):
         raise ConversionError(
             "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) first"
@@ -128,7 +127,7 @@ def save_as_loha(
         for half, names in zip(layer.halves(adapter_name), _LOHA, strict=True):
             for key, factor in zip(names, _to_loha(half.x, half.y, half.t), strict=True):
                 if factor is not None:
-                    state[f"{_PREFIX}{name}.{key}"] = factor
+                    state[f"{WRAPPER_PREFIX}{name}.{key}"] = factor
     rank, alpha = max(ranks.values()), max(alphas.values())
     loha = LoHaConfig(
         r=rank,

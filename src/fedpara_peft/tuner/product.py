@@ -7,6 +7,7 @@ is in ``maths/cost.py``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -120,13 +121,11 @@ class ProductLayer(FedParaLayer):
             return True
         plan = spec.plans["weight"]
         rank = form_rank(plan.r, spec.parameterization)
-        core = rank * rank
-        for size in plan.kernel:
-            core *= size
+        core = rank * rank * math.prod(plan.kernel) if plan.kernel else 0
         return low_rank_form_is_cheaper(
             positions=self._positions(x),
             dense=plan.shape.numel,
-            form=rank * (plan.rows + plan.columns) + (core if plan.kernel else 0),
+            form=rank * (plan.rows + plan.columns) + core,
             r=plan.r,
             training=torch.is_grad_enabled(),
             joined=joined,
@@ -159,16 +158,15 @@ class ProductLayer(FedParaLayer):
         Replaced factors and in-place changes are seen, the latter by the tensors' version counters.
         Writing into ``.data`` in place goes past them: call ``eval()`` after that.
         """
-        halves = self.halves(adapter_name)
+        halves, name = self.halves(adapter_name), self.specs[adapter_name].parameterization
         factors = [factor for half in halves for factor in half.tensors()]
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
-        if any(f.is_inference() for f in factors):
-            return _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
+        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not keep or any(f.is_inference() for f in factors):
+            return _cast(low_rank_form(halves, name), dtype)
         made_from, form = self._forms.get(adapter_name, (None, None))
         state = (dtype, [(f, (f._version, f.data_ptr())) for f in factors])
         if form is None or not _same(made_from, state):
-            form = _cast(low_rank_form(halves, self.specs[adapter_name].parameterization), dtype)
+            form = _cast(low_rank_form(halves, name), dtype)
             self._forms[adapter_name] = (state, form)
         return form
 

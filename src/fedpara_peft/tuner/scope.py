@@ -13,7 +13,7 @@ from typing import Literal
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ._peft import AuxiliaryTrainingWrapper, match_target_against_key
+from ._peft import WRAPPER_PREFIX, AuxiliaryTrainingWrapper, match_target_against_key
 from .errors import TargetError
 from .layer import FedParaLayer
 
@@ -73,7 +73,7 @@ def persistent_buffers(model: nn.Module) -> list[str]:
 
 def base_name(name: str) -> str:
     """A module's name in the plain model: without what PEFT and the tuner wrapped around it."""
-    return saved_name(name).removeprefix("base_model.model.").replace(".base_layer", "")
+    return saved_name(name).removeprefix(WRAPPER_PREFIX).replace(".base_layer", "")
 
 
 def saved_name(name: str) -> str:
