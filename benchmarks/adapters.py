@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 from measure import bytes_kept, paired, peak_bytes, ratio
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peers import adapt
 from report import table, write
 from torch import nn
-
-from fedpara_peft import FedParaConfig
 
 CASES = [
     # outputs, inputs, tokens, r, dtype
@@ -44,22 +42,8 @@ QUICK = [CASES[i] for i in (0, 2, 5, 7, 12)]
 
 
 def build(kind: str, base: nn.Linear, r: int) -> nn.Module:
-    """A frozen linear layer with an adapter away from its zero start."""
-    holder = nn.Sequential(copy.deepcopy(base))
-    holder.requires_grad_(False)
-    if kind == "frozen":
-        return holder
-    config: Any = {
-        "fedpara": lambda: FedParaConfig(r=r, target_modules=["0"]),
-        "lora": lambda: LoraConfig(r=2 * r, lora_alpha=2 * r, target_modules=["0"]),
-        "loha": lambda: LoHaConfig(r=r, alpha=r, target_modules=["0"]),
-    }[kind]()
-    model = get_peft_model(holder, config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_(0, 0.05)
-    return model
+    """A frozen linear layer with an adapter."""
+    return adapt(kind, nn.Sequential(base), r, ["0"], std=0.05)
 
 
 def lycoris(base: nn.Linear, r: int) -> nn.Module:

@@ -11,40 +11,18 @@ random weights, all linear layers adapted, 4 x 128 tokens.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from measure import bytes_kept, paired, ratio
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peers import adapt
 from report import table, write
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedpara_peft import FedParaConfig
-
 KINDS = ("fedpara", "lora", "loha")
-
-
-def adapt(kind: str, base: nn.Module, r: int, targets: Any, kernel: bool) -> nn.Module:
-    """The model with one kind of adapter away from its zero start."""
-    base = copy.deepcopy(base).requires_grad_(False)
-    if kind == "frozen":
-        return base
-    effective = {"use_effective_conv2d": True} if kernel else {}
-    config: Any = {
-        "fedpara": lambda: FedParaConfig(r=r, target_modules=targets),
-        "lora": lambda: LoraConfig(r=2 * r, lora_alpha=2 * r, target_modules=targets),
-        "loha": lambda: LoHaConfig(r=r, alpha=r, target_modules=targets, **effective),
-    }[kind]()
-    model = get_peft_model(base, config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_(0, 0.02)
-    return model
 
 
 def measure(
@@ -83,7 +61,9 @@ def main() -> None:
         torch.manual_seed(0)
         base = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
         x = torch.randn(8, channels, 16, 16, requires_grad=True)
-        models = {kind: adapt(kind, base, r, ["0"], True) for kind in ("frozen", *KINDS)}
+        models = {
+            kind: adapt(kind, base, r, ["0"], std=0.02, kernel=True) for kind in ("frozen", *KINDS)
+        }
         name = f"convolution {channels} channels, r = {r}"
         rows.append(measure(name, models, lambda m, x=x: m(x).square().sum(), options.seconds))  # type: ignore[misc]
         print(rows[-1], flush=True)
@@ -98,7 +78,7 @@ def main() -> None:
         )
     )
     ids = torch.randint(0, 2000, (4, 128))
-    models = {kind: adapt(kind, llama, 8, "all-linear", False) for kind in KINDS}
+    models = {kind: adapt(kind, llama, 8, "all-linear", std=0.02) for kind in KINDS}
     rows.append(
         measure(
             "Llama, 6 x 768, r = 8, 512 tokens",
