@@ -85,6 +85,10 @@ def test_a_client_per_value_of_a_column():
         partition(rows, "column", 3, column="role", min_examples=2)
     with pytest.raises(PartitionError, match="needs column="):
         partition(rows, "column", 2)
+    with pytest.raises(PartitionError, match=r"no column 'writer', it has .*role"):
+        partition(rows, "column", 2, column="writer")
+    with pytest.raises(PartitionError, match="no column 'role', it has no columns"):
+        partition(DATA, "column", 2, column="role")
 
 
 def test_a_partitioner_of_another_library():

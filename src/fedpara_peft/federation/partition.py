@@ -183,6 +183,11 @@ def _column(
 ) -> Indices:
     if column is None:
         raise PartitionError("scheme 'column' needs column=…, the name of the column")
+    if column not in getattr(dataset, "column_names", ()):
+        raise PartitionError(
+            f"the data set has no column {column!r}, it has "
+            f"{getattr(dataset, 'column_names', 'no columns')}: give the name of one"
+        )
     codes = labels_of(dataset, column)
     sizes = np.bincount(codes)
     large = np.flatnonzero(sizes >= min_examples)
