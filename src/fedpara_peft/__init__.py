@@ -14,7 +14,13 @@ from .comm.state import (
 )
 from .federation.arguments import FederatedArguments
 from .federation.callbacks import FederatedCallback
-from .federation.errors import ArgumentsError, ClientDataError, PartitionError, RoundError
+from .federation.errors import (
+    ArgumentsError,
+    ClientDataError,
+    PartitionError,
+    ResumeError,
+    RoundError,
+)
 from .federation.history import History
 from .federation.metrics import accuracy
 from .federation.partition import partition
@@ -23,8 +29,11 @@ from .federation.strategies import (
     FedAdam,
     FedAvg,
     FedAvgM,
+    FedDyn,
     FedProx,
     FedYogi,
+    LocalOnly,
+    Scaffold,
     Strategy,
 )
 from .federation.trainer import FederatedTrainer
@@ -62,6 +71,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedDyn",
     "FedParaConfig",
     "FedParaError",
     "FedParaLayer",
@@ -72,11 +82,14 @@ __all__ = [
     "FederatedCallback",
     "FederatedTrainer",
     "History",
+    "LocalOnly",
     "PartitionError",
     "PayloadError",
     "RankError",
     "ReplacedWeightError",
+    "ResumeError",
     "RoundError",
+    "Scaffold",
     "StateError",
     "Strategy",
     "TargetError",

@@ -29,8 +29,10 @@ def test_round_trip_is_bit_exact(specs):
     for name, tensor in state.items():
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name], tensor)
-    assert payload.tensor_bytes == sum(t.numel() * t.element_size() for t in state.values())
-    assert len(payload) == len(payload.data) == payload.header_bytes + payload.tensor_bytes
+    assert payload.size.tensor_bytes == sum(t.numel() * t.element_size() for t in state.values())
+    assert (
+        len(payload) == len(payload.data) == payload.size.header_bytes + payload.size.tensor_bytes
+    )
 
 
 def test_views_and_transposes_survive():
@@ -103,10 +105,10 @@ def test_ledger_adds_up_what_was_sent():
     payload = encode(STATE)
     for number in range(2):
         for client in (1, 4):
-            ledger.record(number, client, "downlink", payload)
-            ledger.record(number, client, "uplink", payload)
+            ledger.record(number, client, "downlink", payload.size)
+            ledger.record(number, client, "uplink", payload.size)
     assert ledger.total_bytes() == 8 * len(payload.data)
     assert ledger.total_bytes(1) == 4 * len(payload.data)
     assert ledger.total_bytes(0, "uplink") == 2 * len(payload.data)
-    assert ledger.header_bytes(0, "uplink") == 2 * payload.header_bytes
+    assert ledger.header_bytes(0, "uplink") == 2 * payload.size.header_bytes
     assert next(ledger.transfers()).total_bytes == len(payload.data)

@@ -18,7 +18,7 @@ from fedpara_peft import (
     FedYogi,
     partition,
 )
-from fedpara_peft.federation.state import ServerState
+from fedpara_peft.federation.state import CohortMean, ServerState
 
 
 def data():
@@ -91,7 +91,9 @@ def test_adaptive_server_steps_against_numpy(strategy):
     server = ServerState(0, {"w": torch.tensor(w), "count": torch.tensor(3)}, buffers={"count"})
     for number in range(4):
         delta = rng.standard_normal(6)
-        server = strategy.server_step(server, {"w": torch.tensor(delta), "count": torch.tensor(2)})
+        server = strategy.server_step(
+            server, CohortMean({"w": torch.tensor(delta), "count": torch.tensor(2)})
+        )
         m = strategy.beta1 * m + (1 - strategy.beta1) * delta
         v = second(strategy, v, delta**2)
         w = w + strategy.server_learning_rate * m / (np.sqrt(v) + strategy.tau)
@@ -104,7 +106,7 @@ def test_momentum_by_hand():
     server = ServerState(0, {"w": torch.zeros(2)})
     strategy = FedAvgM(server_momentum=0.5, server_learning_rate=2.0)
     for expected in (2.0, 5.0, 8.5):  # v = 1, 1.5, 1.75
-        server = strategy.server_step(server, {"w": torch.ones(2)})
+        server = strategy.server_step(server, CohortMean({"w": torch.ones(2)}))
         assert server.params["w"].tolist() == [expected, expected]
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .payload import Payload
+import numpy as np
+
+from .payload import PayloadSize
 
 Direction = Literal["uplink", "downlink"]
+_DIRECTIONS: tuple[Direction, ...] = ("uplink", "downlink")
+_COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -29,23 +34,25 @@ class Transfer:
 
 
 class Ledger:
-    """All transfers of a run."""
+    """All transfers of a run, 32 bytes each."""
 
     def __init__(self) -> None:
-        self._rounds: defaultdict[int, list[Transfer]] = defaultdict(list)
+        self._rounds: dict[int, array[int]] = {}
 
-    def record(self, round: int, client: int, direction: Direction, payload: Payload) -> None:
+    def record(self, round: int, client: int, direction: Direction, size: PayloadSize) -> None:
         """Enter a payload that was sent to or from a client."""
-        self._rounds[round].append(
-            Transfer(round, client, direction, payload.header_bytes, payload.tensor_bytes)
-        )
+        row = (client, _DIRECTIONS.index(direction), size.header_bytes, size.tensor_bytes)
+        self._rounds.setdefault(round, array("q")).extend(row)
 
     def transfers(
         self, round: int | None = None, direction: Direction | None = None
     ) -> Iterator[Transfer]:
         """All transfers in the order they happened, or those of one round or direction."""
-        rounds = self._rounds.values() if round is None else [self._rounds.get(round, [])]
-        return (t for entries in rounds for t in entries if direction in (None, t.direction))
+        for number in self._rounds if round is None else [round]:
+            row = iter(self._rounds.get(number, ()))
+            for client, way, header, tensors in zip(row, row, row, row, strict=True):
+                if direction in (None, _DIRECTIONS[way]):
+                    yield Transfer(number, client, _DIRECTIONS[way], header, tensors)
 
     def total_bytes(self, round: int | None = None, direction: Direction | None = None) -> int:
         """Bytes of all payloads, or of one round or direction."""
@@ -54,3 +61,20 @@ class Ledger:
     def header_bytes(self, round: int | None = None, direction: Direction | None = None) -> int:
         """The part of :meth:`total_bytes` that is headers."""
         return sum(t.header_bytes for t in self.transfers(round, direction))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all transfers as one array of int64, a row each, the round first."""
+        rows = [
+            np.insert(np.array(row).reshape(-1, _COLUMNS), 0, number, axis=1)
+            for number, row in self._rounds.items()
+        ]
+        empty = np.empty((0, _COLUMNS + 1), np.int64)
+        np.save(path, np.concatenate([empty, *rows]), allow_pickle=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Read what :meth:`save` wrote."""
+        ledger = cls()
+        for number, *row in np.load(path, allow_pickle=False).tolist():
+            ledger._rounds.setdefault(number, array("q")).extend(row)
+        return ledger

@@ -52,6 +52,22 @@ def schema_of(state: Mapping[str, Tensor]) -> Schema:
 
 
 @dataclass(frozen=True)
+class PayloadSize:
+    """How long a payload is.
+
+    Attributes:
+        header_bytes: names, shapes, dtypes and metadata.
+        tensor_bytes: the tensors' data.
+    """
+
+    header_bytes: int
+    tensor_bytes: int
+
+    def __len__(self) -> int:
+        return self.header_bytes + self.tensor_bytes
+
+
+@dataclass(frozen=True)
 class Payload:
     """What is sent.
 
@@ -65,14 +81,20 @@ class Payload:
         return len(self.data)
 
     @property
-    def header_bytes(self) -> int:
-        """Bytes of names, shapes, dtypes and metadata."""
-        return _LENGTH_BYTES + int.from_bytes(self.data[:_LENGTH_BYTES], "little")
+    def size(self) -> PayloadSize:
+        """Its length, by parts."""
+        header = _LENGTH_BYTES + int.from_bytes(self.data[:_LENGTH_BYTES], "little")
+        return PayloadSize(header, len(self.data) - header)
 
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the tensors' data."""
-        return len(self.data) - self.header_bytes
+
+def size_of(schema: Schema) -> PayloadSize:
+    """The size of every payload of a schema, which depends on nothing else.
+
+    Nothing is sent for an empty schema.
+    """
+    if not schema:
+        return PayloadSize(0, 0)
+    return encode({n: torch.zeros(s.shape, dtype=s.dtype) for n, s in schema.items()}).size
 
 
 def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Payload:

@@ -104,6 +104,20 @@ def load_local(
     load_local_state(model, load_file(path), local_modules)
 
 
+def join_groups(groups: Mapping[str, Mapping[str, Tensor]]) -> State:
+    """Several states as one, tensors named ``group/name``."""
+    return {f"{group}/{n}": t for group, state in groups.items() for n, t in state.items()}
+
+
+def split_groups(state: Mapping[str, Tensor]) -> dict[str, State]:
+    """The inverse of :func:`join_groups`."""
+    groups: dict[str, State] = {}
+    for name, tensor in state.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = tensor
+    return groups
+
+
 def _state(model: nn.Module, scope: Scope, local_modules: LocalModules) -> State:
     scopes = tensor_scopes(model, local_modules)
     tensors: dict[str, Tensor] = dict(model.named_parameters())

@@ -6,6 +6,13 @@ from dataclasses import dataclass, field
 
 from .errors import ArgumentsError
 
+_CHOICES = {
+    "client_sampling": ("uniform", "weighted"),
+    "factor_schedule": ("all", "one_block"),
+    "client_store": ("auto", "memory", "disk"),
+    "mixed_precision": (None, "no", "fp16", "bf16"),
+}
+
 
 @dataclass
 class FederatedArguments:
@@ -23,8 +30,29 @@ class FederatedArguments:
     clients_per_round: int | None = field(
         default=None, metadata={"help": "Number of clients sampled each round."}
     )
+    client_sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "uniform, or weighted: drawn in proportion to their examples, then averaged "
+            "alike.",
+            "choices": ["uniform", "weighted"],
+        },
+    )
+    drop_out_probability: float = field(
+        default=0.0, metadata={"help": "Chance that a sampled client does not report, in [0, 1)."}
+    )
+    local_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that stay with each client (FedPer)."}
+    )
     num_local_epochs: int = field(default=1, metadata={"help": "Epochs E a client trains."})
     per_client_batch_size: int = field(default=32, metadata={"help": "Examples per local step."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches per local step; their gradients are averaged."}
+    )
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, fp16 or bf16; Accelerate's setting by default."},
+    )
     learning_rate: float = field(default=0.1, metadata={"help": "Clients' SGD learning rate."})
     learning_rate_decay: float = field(
         default=1.0, metadata={"help": "Factor on the learning rate after every round."}
@@ -37,13 +65,34 @@ class FederatedArguments:
     jacobian_correction: float = field(
         default=0.0, metadata={"help": "Strength of the Jacobian correction; 0: off."}
     )
+    factor_schedule: str = field(
+        default="all",
+        metadata={
+            "help": "all, or one_block: one factor block a round, whose average is exact.",
+            "choices": ["all", "one_block"],
+        },
+    )
+    report_averaging_bias: bool = field(
+        default=False,
+        metadata={"help": "Measure the error of averaging factors instead of weights."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
     eval_every: int = field(
         default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
     )
     eval_batch_size: int = field(default=256, metadata={"help": "Examples per evaluation step."})
     save_every: int = field(
-        default=0, metadata={"help": "Save the global model every so many rounds; 0: never."}
+        default=0, metadata={"help": "Write a checkpoint every so many rounds; 0: never."}
+    )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints to keep; all by default."}
+    )
+    client_store: str = field(
+        default="auto",
+        metadata={
+            "help": "Where clients' states rest: memory, disk, or auto (memory for one process).",
+            "choices": ["auto", "memory", "disk"],
+        },
     )
     report_to: str | None = field(
         default=None, metadata={"help": "Accelerate tracker, such as tensorboard or wandb."}
@@ -59,12 +108,26 @@ class FederatedArguments:
             ("num_rounds", 0),
             ("num_local_epochs", 1),
             ("per_client_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
             ("eval_batch_size", 1),
             ("eval_every", 0),
             ("save_every", 0),
         ):
             if getattr(self, name) < least:
                 raise ArgumentsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ArgumentsError(
+                    f"{name} must be one of {choices}, got {getattr(self, name)!r}"
+                )
+        if not 0 <= self.drop_out_probability < 1:
+            raise ArgumentsError(
+                f"drop_out_probability must be in [0, 1), got {self.drop_out_probability}"
+            )
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ArgumentsError(
+                f"save_total_limit must be at least 1, got {self.save_total_limit}; None keeps all"
+            )
         for name in ("learning_rate", "learning_rate_decay"):
             # 0 would freeze the model from the second round on, without a sign of it.
             if not getattr(self, name) > 0:

@@ -25,24 +25,24 @@ def batches(
     """
     size = len(dataset)
     order = torch.randperm(size, generator=generator) if generator else torch.arange(size)
-    tensors = _tensors(dataset) if collator is None else None
-    for indices in torch.split(order, batch_size):
-        if tensors is not None:
+    found = _tensors(dataset) if collator is None else None
+    if found is not None:
+        tensors, own = found
+        for indices in torch.split(order if own is None else own[order], batch_size):
             yield tuple(t[indices] for t in tensors)
-            continue
+        return
+    for indices in torch.split(order, batch_size):
         rows = _rows(dataset, indices.tolist())
         yield (collator or _default_collator(rows))(rows)
 
 
-def _tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
+def _tensors(dataset: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None] | None:
+    """The tensors of a data set and which of their rows are its own (None: all)."""
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors
-    if isinstance(dataset, Subset) and (tensors := _tensors(dataset.dataset)) is not None:
-        # Once per client and data set: the rows a client owns.
-        if not hasattr(dataset, "_own_tensors"):
-            own = torch.as_tensor(dataset.indices)
-            dataset._own_tensors = tuple(t[own] for t in tensors)  # type: ignore[attr-defined]
-        return dataset._own_tensors  # type: ignore[attr-defined]
+        return dataset.tensors, None
+    if isinstance(dataset, Subset) and (found := _tensors(dataset.dataset)) is not None:
+        own = torch.as_tensor(dataset.indices)
+        return found[0], own if found[1] is None else found[1][own]
     return None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,124 +12,276 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from ..comm.state import State
+from ..comm.state import State, communicated_state, local_state
 from ..tuner.jacobian import composed_weights, jacobian_correction
+from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
 from .batches import Collator, batches
-from .errors import RoundError
+from .errors import ArgumentsError, RoundError
 from .loss import batch_size
 from .random import derived_seed, torch_generator
-from .strategies import Strategy
+from .state import Broadcast, ClientState, ClientUpdate
+from .strategies import Correction, LocalSteps, Strategy
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
 
+_FIRST_LOSS_SCALE = 2.0**16
 
-def train_client(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    dataset: Any,
-    *,
-    args: FederatedArguments,
-    accelerator: Accelerator,
-    compute_loss: LossFunction,
-    collator: Collator | None,
-    strategy: Strategy,
-    broadcast: State,
-    round: int,
-    client: int,
-) -> float:
-    """Train the model in place on a client's data: E epochs of SGD, Sec. 3 of arXiv:2108.06098.
+
+class LocalTrainer:
+    """Trains clients one after the other in one model, which is never rebuilt.
 
     Args:
-        model: holds the broadcast.
-        optimizer: over the model's trainable parameters; its state is cleared first.
-        dataset: the client's examples.
+        model: on its device; its tensors are overwritten for every client.
         args: the run's settings.
         accelerator: device and mixed precision.
+        strategy: the federated optimizer.
         compute_loss: ``(model, batch) -> loss`` or ``(loss, outputs)``.
         collator: makes a batch from rows.
-        strategy: corrects the gradients.
-        broadcast: w_t as received.
-        round: round number, for the learning rate and the derived randomness.
-        client: client index, for the derived randomness.
 
-    Returns:
-        Mean loss over all local examples seen.
+    Attributes:
+        shared: the communicated tensors, live.
+        local: the tensors of local scope, live.
+        buffers: names in ``shared`` that are buffers.
 
     Raises:
-        RoundError: the loss is not finite.
+        ArgumentsError: the model has no trainable parameters, or none of the needed scope.
     """
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate_at(round)
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    model.train()
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    seen = 0
-    with torch.random.fork_rng(devices=_cuda_devices(accelerator)):
-        # Dropout and the like draw from the global generators.
-        torch.manual_seed(derived_seed(args.seed, round, client, "training"))
-        for epoch in range(args.num_local_epochs):
-            order = torch_generator(args.seed, round, client, f"batches {epoch}")
-            for batch in batches(dataset, args.per_client_batch_size, collator, order):
-                batch = send_to_device(batch, accelerator.device)
-                optimizer.zero_grad(set_to_none=True)
-                loss, penalty = _loss(model, batch, compute_loss, accelerator, args, round)
-                accelerator.backward(loss + penalty)
-                _correct(named, broadcast, strategy)
-                if args.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(named.values(), args.max_grad_norm)
-                optimizer.step()
-                examples = batch_size(batch)
-                total += loss.detach().double() * examples
-                seen += examples
-    mean = float(total / seen)
-    if not math.isfinite(mean):
-        raise RoundError(
-            f"client {client} diverged in round {round + 1} (loss {mean}): lower learning_rate "
-            f"(now {args.learning_rate_at(round):.3g}) or set max_grad_norm"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: FederatedArguments,
+        accelerator: Accelerator,
+        strategy: Strategy,
+        compute_loss: LossFunction,
+        collator: Collator | None = None,
+    ) -> None:
+        self.model = model
+        self._args = args
+        self._accelerator = accelerator
+        self._strategy = strategy
+        self._compute_loss = compute_loss
+        self._collator = collator
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ArgumentsError(
+                "the model has no trainable parameters: load adapters with is_trainable=True"
+            )
+        self.shared = communicated_state(model, args.local_modules)
+        self.local = local_state(model, args.local_modules)
+        if not strategy.communicates:
+            self.shared, self.local = {}, {**self.shared, **self.local}
+        elif not self.shared:
+            raise ArgumentsError(
+                "all of the model is local, nothing would be communicated: name fewer "
+                "local_modules, or use strategy=LocalOnly()"
+            )
+        buffers = _buffers(model)
+        self.buffers = frozenset(buffers) & self.shared.keys()
+        self._first_local = _clone(self.local)
+        # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
+        self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
+        self._first_resting = [t.clone() for t in self._resting]
+        self._optimizer = torch.optim.SGD(
+            self._parameters.values(),
+            lr=args.learning_rate,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            foreach=True,
         )
-    return mean
+        # fp16's loss scale is found anew by every client, so that no client depends on another.
+        self._scales_loss = accelerator.scaler is not None
+        accelerator.scaler = None
 
+    def load(self, params: State, state: ClientState | None = None) -> None:
+        """Put a global state and a client's own into the model; a new client's by default."""
+        local = self._first_local if state is None else state.local
+        with torch.no_grad():
+            _copy(list(self.shared.values()), [params[n] for n in self.shared])
+            _copy(list(self.local.values()), [local[n] for n in self.local])
+            _copy(self._resting, self._first_resting)
 
-def _loss(
-    model: nn.Module,
-    batch: Any,
-    compute_loss: LossFunction,
-    accelerator: Accelerator,
-    args: FederatedArguments,
-    round: int,
-) -> tuple[Tensor, Tensor | float]:
-    """The batch's loss and what regularizers add to it."""
-    if args.jacobian_correction == 0:
-        return _forward(model, batch, compute_loss, accelerator), 0.0
-    with composed_weights(model) as composed:
-        loss = _forward(model, batch, compute_loss, accelerator)
+    def rest(self, names: Collection[str]) -> None:
+        """Train everything but these parameters from now on."""
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name not in names)
+
+    def train(
+        self,
+        client: int,
+        dataset: Any,
+        round: int,
+        broadcast: Broadcast,
+        state: ClientState | None = None,
+        resting: Collection[str] = (),
+    ) -> tuple[ClientUpdate, ClientState]:
+        """Train a client: E epochs of SGD from the broadcast, Sec. 3 of arXiv:2108.06098.
+
+        Args:
+            client: client index, for the derived randomness.
+            dataset: the client's examples.
+            round: rounds completed, for the learning rate and the derived randomness.
+            broadcast: what the client received.
+            state: what it kept from its last round.
+            resting: names that do not train this round (see :meth:`rest`) and are not sent.
+
+        Returns:
+            What it sends, and what it keeps.
+
+        Raises:
+            RoundError: the loss or the update is not finite.
+        """
+        kept = {} if state is None else state.strategy
+        active = [n for n in self.shared if n not in resting]
+        seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
+        self.load(broadcast.params, state)
+        loss, steps = self._steps(client, dataset, round, seen, kept)
+        update = self._update(seen.params)
+        if not (math.isfinite(loss) and _all_finite(update)):
+            raise RoundError(
+                f"client {client} diverged in round {round + 1} (loss {loss}): lower learning_rate "
+                f"(now {self._args.learning_rate_at(round):.3g}) or set max_grad_norm"
+            )
+        moved = {n: t for n, t in update.items() if n not in self.buffers}
+        keeps, sends = self._strategy.next_client_state(
+            seen, {g: _only(s, active) for g, s in kept.items()}, moved, steps
+        )
+        keeps = {g: {**kept.get(g, {}), **s} for g, s in keeps.items()}
+        sent = ClientUpdate(client, len(dataset), update, loss, sends)
+        return sent, ClientState(_clone(self.local), keeps)
+
+    def _update(self, params: State) -> State:
+        names = list(params)
+        local = [self.shared[n] for n in names]
+        return dict(zip(names, _difference(local, list(params.values())), strict=True))
+
+    def _steps(
+        self,
+        client: int,
+        dataset: Any,
+        round: int,
+        seen: Broadcast,
+        kept: Mapping[str, State],
+    ) -> tuple[float, LocalSteps]:
+        args = self._args
         rate = args.learning_rate_at(round)
-        return loss, jacobian_correction(loss, composed, rate, args.jacobian_correction)
+        self._optimizer.state.clear()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        trained = {n: p for n, p in self._parameters.items() if n in seen.params}
+        correct = _Corrector(self._strategy.correction(seen, kept), trained, seen.params)
+        self._loss_scale = _FIRST_LOSS_SCALE if self._scales_loss else 1.0
+        self.model.train()
+        losses, counts, steps = [], [], 0
+        with torch.random.fork_rng(devices=_cuda_devices(self._accelerator)):
+            # Dropout and the like draw from the global generators.
+            torch.manual_seed(derived_seed(args.seed, round, client, "training"))
+            for epoch in range(args.num_local_epochs):
+                order = torch_generator(args.seed, round, client, f"batches {epoch}")
+                for window in self._windows(dataset, order):
+                    found, sizes = self._gradients(window, rate)
+                    correct()
+                    if args.max_grad_norm is not None:
+                        nn.utils.clip_grad_norm_(self._parameters.values(), args.max_grad_norm)
+                    self._optimizer.step()
+                    losses += found
+                    counts += sizes
+                    steps += 1
+        mean = torch.stack(losses).double().cpu() @ torch.tensor(counts).double() / sum(counts)
+        return float(mean), LocalSteps(steps, rate)
+
+    def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[Any]]:
+        """The batches of every local step."""
+        args = self._args
+        rows = batches(dataset, args.per_client_batch_size, self._collator, order)
+        while window := list(itertools.islice(rows, args.gradient_accumulation_steps)):
+            yield [send_to_device(batch, self._accelerator.device) for batch in window]
+
+    def _gradients(self, window: list[Any], rate: float) -> tuple[list[Tensor], list[int]]:
+        """Gradients of the mean loss over a step's examples; every batch's loss and size."""
+        sizes = [batch_size(batch) for batch in window]
+        while True:
+            self._optimizer.zero_grad(set_to_none=True)
+            losses = []
+            for batch, size in zip(window, sizes, strict=True):
+                loss, penalty = self._loss(batch, rate)
+                share = size / sum(sizes) * self._loss_scale
+                total = loss + penalty
+                self._accelerator.backward(total if share == 1 else total * share)
+                losses.append(loss.detach())
+            if not self._scales_loss or self._unscale():
+                return losses, sizes
+
+    def _unscale(self) -> bool:
+        """Undo fp16's loss scale; False if it was too large and the step must be made again."""
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        torch._foreach_mul_(grads, 1 / self._loss_scale)
+        if self._loss_scale == 1 or all(bool(torch.isfinite(g).all()) for g in grads):
+            return True
+        self._loss_scale /= 2
+        return False
+
+    def _loss(self, batch: Any, rate: float) -> tuple[Tensor, Tensor | float]:
+        """A batch's loss and what regularizers add to it."""
+        strength = self._args.jacobian_correction
+        if strength == 0:
+            return self._forward(batch), 0.0
+        with composed_weights(self.model) as composed:
+            loss = self._forward(batch)
+            return loss, jacobian_correction(loss, composed, rate, strength)
+
+    def _forward(self, batch: Any) -> Tensor:
+        with self._accelerator.autocast():
+            output = self._compute_loss(self.model, batch)
+        return output[0] if isinstance(output, tuple) else output
 
 
-def _forward(
-    model: nn.Module, batch: Any, compute_loss: LossFunction, accelerator: Accelerator
-) -> Tensor:
-    with accelerator.autocast():
-        output = compute_loss(model, batch)
-    return output[0] if isinstance(output, tuple) else output
+class _Corrector:
+    """Applies a strategy's correction to the gradients, in place."""
+
+    def __init__(
+        self, correction: Correction | None, parameters: Mapping[str, nn.Parameter], start: State
+    ) -> None:
+        self._pull = correction.pull if correction else 0.0
+        offset = (correction.offset if correction else None) or {}
+        self._pulled = [(p, start[n]) for n, p in parameters.items()] if self._pull else []
+        self._offset = [(p, offset[n]) for n, p in parameters.items() if n in offset]
+
+    def __call__(self) -> None:
+        for parameter, fixed in self._pulled:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - fixed, alpha=self._pull)
+        for parameter, fixed in self._offset:
+            if parameter.grad is not None:
+                parameter.grad.add_(fixed)
 
 
-def _correct(named: Mapping[str, nn.Parameter], broadcast: State, strategy: Strategy) -> None:
-    """Let the strategy correct the gradients in place."""
-    grads = {n: p.grad for n, p in named.items() if p.grad is not None}
-    with torch.no_grad():
-        corrected = strategy.correct(grads, named, broadcast)
-    if corrected is not grads:
-        for name, grad in corrected.items():
-            named[name].grad = grad
+def _only(state: State, names: Collection[str]) -> State:
+    return {n: state[n] for n in names if n in state}
 
 
-def difference(state: State, broadcast: State) -> State:
-    """A client's update: local minus broadcast."""
-    return {name: state[name] - w for name, w in broadcast.items()}
+def _clone(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_sub(new, old)) if new else []
+
+
+def _all_finite(state: State) -> bool:
+    floats = [t for t in state.values() if t.is_floating_point()]
+    return not floats or bool(torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all())
+
+
+def _buffers(model: nn.Module) -> State:
+    buffers = dict(model.named_buffers())
+    return {name: buffers[name] for name in persistent_buffers(model)}
 
 
 def _cuda_devices(accelerator: Accelerator) -> list[torch.device]:

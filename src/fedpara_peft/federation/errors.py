@@ -19,3 +19,7 @@ class ClientDataError(FedParaError, ValueError):
 
 class RoundError(FedParaError, RuntimeError):
     """A round cannot be completed."""
+
+
+class ResumeError(FedParaError, RuntimeError):
+    """A run cannot be resumed, or would overwrite one that can; nothing was changed."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .state import RoundReport
 
@@ -56,4 +57,11 @@ class History:
     def load(cls, path: str | os.PathLike[str]) -> History:
         """Read what :meth:`save` wrote."""
         rows = json.loads(Path(path).read_text())
-        return cls(tuple(RoundReport(**{**r, "cohort": tuple(r["cohort"])}) for r in rows))
+        return cls(tuple(map(report_from_json, rows)))
+
+
+def report_from_json(row: dict[str, Any]) -> RoundReport:
+    """A report from its JSON object."""
+    row = {**row, "cohort": tuple(row["cohort"]), "dropped": tuple(row["dropped"])}
+    row["client_metrics"] = {n: tuple(v) for n, v in row["client_metrics"].items()}
+    return RoundReport(**row)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..comm.state import State
 
@@ -26,6 +24,56 @@ class ServerState:
     optimizer: Mapping[str, State] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
 
+    def restricted(self, names: Collection[str]) -> ServerState:
+        """The part of the server that a round with these names works on."""
+        return replace(
+            self,
+            params={n: t for n, t in self.params.items() if n in names},
+            optimizer={
+                group: {n: t for n, t in state.items() if n in names}
+                for group, state in self.optimizer.items()
+            },
+        )
+
+    def updated(self, part: ServerState) -> ServerState:
+        """The whole server again, with what a round on a part of it changed."""
+        groups = self.optimizer.keys() | part.optimizer.keys()
+        optimizer = {
+            group: {**self.optimizer.get(group, {}), **part.optimizer.get(group, {})}
+            for group in sorted(groups)
+        }
+        params = {**self.params, **part.params}
+        return replace(self, round=part.round, params=params, optimizer=optimizer)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What a client receives.
+
+    Attributes:
+        params: w_t.
+        extra: what the strategy sends beside it, by name.
+    """
+
+    params: State
+    extra: Mapping[str, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a client keeps between its rounds; it never travels.
+
+    Attributes:
+        local: its tensors of local scope.
+        strategy: what the strategy keeps for it, by name.
+    """
+
+    local: State = field(default_factory=dict)
+    strategy: Mapping[str, State] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.local or self.strategy)
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -33,15 +81,32 @@ class ClientUpdate:
 
     Attributes:
         client: client index i.
-        num_examples: its examples, the weight of its update in the mean.
+        num_examples: its examples.
         update: local minus broadcast.
         train_loss: mean loss over its local steps.
+        extra: what the strategy sends beside it, by name.
     """
 
     client: int
     num_examples: int
-    update: Mapping[str, Tensor]
+    update: State
     train_loss: float
+    extra: Mapping[str, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CohortMean:
+    """What a cohort sent, averaged.
+
+    Attributes:
+        update: mean update Δ.
+        extra: means of what the strategy sends beside it.
+        share: clients that reported, of the population.
+    """
+
+    update: State
+    extra: Mapping[str, State] = field(default_factory=dict)
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,19 +116,28 @@ class RoundReport:
     Attributes:
         round: round number, counted from 1.
         cohort: the sampled clients.
-        train_loss: mean over the cohort, by examples.
-        metrics: evaluation of the global model after the round; empty where none was made.
+        dropped: those of them that did not report.
+        train_loss: mean over the clients that reported, by examples; None if none did.
+        metrics: evaluation after the round, of the global model (``eval_…``) and over the clients'
+            own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``); empty
+            where none was made.
+        client_metrics: every client's own numbers behind them, in client order.
         uplink_bytes: payloads from clients to the server.
         downlink_bytes: payloads from the server to clients.
         header_bytes: the part of both that is headers.
+        averaging_bias: error of averaging factors instead of weights, relative to the mean update
+            of the weights; None where it was not measured.
         seconds: wall-clock time of the round, evaluation left out.
     """
 
     round: int
     cohort: tuple[int, ...]
-    train_loss: float
+    train_loss: float | None
     metrics: Mapping[str, float]
     uplink_bytes: int
     downlink_bytes: int
     header_bytes: int
     seconds: float
+    dropped: tuple[int, ...] = ()
+    client_metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    averaging_bias: float | None = None

@@ -2,45 +2,75 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
+import logging
+import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object
 from safetensors.torch import save_model
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import EvalPrediction
 
-from ..comm.ledger import Ledger
-from ..comm.payload import Payload, decode, encode, schema_of
-from ..comm.state import State, communicated_state, local_state
-from ..tuner.scope import persistent_buffers
+from ..comm.ledger import Direction, Ledger
+from ..comm.payload import PayloadSize, schema_of, size_of
+from ..comm.state import State, join_groups
+from ..tuner.layer import FedParaLayer
 from .arguments import FederatedArguments
-from .batches import Collator, batches
+from .averaging import AveragingBias
+from .batches import Collator
 from .callbacks import FederatedCallback
-from .client import LossFunction, difference, train_client
-from .errors import ArgumentsError, ClientDataError
+from .checkpoint import (
+    Checkpoint,
+    checkpoints,
+    load_checkpoint,
+    remove_partial,
+    save_checkpoint,
+)
+from .client import LocalTrainer, LossFunction
+from .errors import ArgumentsError, ResumeError
+from .evaluation import Evaluator, Metrics, over_clients
+from .exchange import agree, everyones
 from .history import History
-from .loss import batch_size, default_loss, labels_of_batch
-from .sampling import sample_cohort
-from .state import ClientUpdate, RoundReport, ServerState
+from .loss import default_loss
+from .mean import CohortSums
+from .population import Population
+from .sampling import drop_outs, sample_cohort, share_out
+from .schedule import factor_blocks, resting_factors
+from .state import (
+    Broadcast,
+    ClientUpdate,
+    RoundReport,
+    ServerState,
+)
+from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
+from .strategies.base import Kept
 
-Metrics = Callable[[EvalPrediction], Mapping[str, float]]
+logger = logging.getLogger(__name__)
+
+#: Arguments that a resumed run may change.
+_FREE = {
+    "output_dir", "num_rounds", "eval_every", "eval_batch_size", "save_every", "save_total_limit",
+    "client_store", "report_to", "disable_tqdm", "report_averaging_bias",
+}  # fmt: skip
 
 
 class FederatedTrainer:
     """Train a model in a simulated federation.
 
     Whatever of the model is trainable is federated: a plain module, a transformers model, any PEFT
-    adapter. What crosses the wire is encoded and decoded for real, so the bytes reported are bytes
-    that a deployment would send.
+    adapter. Tensors of local scope (pFedPara's W₂, ``local_modules``) stay with each client, as
+    does what the strategy keeps for it. Under ``accelerate launch`` the clients of a round are
+    shared among the processes; the result is the same, bit for bit, on CPUs with equally many
+    threads.
 
     Args:
         model: the global model, trained in place.
@@ -52,7 +82,9 @@ class FederatedTrainer:
             :func:`~.loss.default_loss` for the default.
         compute_metrics: from an ``EvalPrediction`` to named numbers.
         strategy: the federated optimizer; FedAvg by default.
-        callbacks: see :class:`~.callbacks.FederatedCallback`.
+        callbacks: see :class:`~.callbacks.FederatedCallback`; called on the main process.
+        client_eval_dataset: one data set per client, in the same order or by the same names, to
+            evaluate each client's own model on (the global model and its local tensors).
 
     Raises:
         ClientDataError: there are no clients, or one has no data.
@@ -70,89 +102,83 @@ class FederatedTrainer:
         compute_metrics: Metrics | None = None,
         strategy: Strategy | None = None,
         callbacks: Sequence[FederatedCallback] | None = None,
+        client_eval_dataset: Sequence[Any] | Mapping[Any, Any] | None = None,
     ) -> None:
-        self.accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
-        if self.accelerator.num_processes > 1:
-            raise NotImplementedError(
-                "several processes are not supported yet: start with --num_processes 1"
-            )
+        self.accelerator = Accelerator(
+            log_with=args.report_to,
+            project_dir=args.output_dir,
+            mixed_precision=args.mixed_precision,
+        )
         self.model = model.to(self.accelerator.device)
         self.args = args
-        self.client_names, self.clients = _named_clients(train_dataset)
+        self.population = Population(train_dataset, client_eval_dataset)
         self.eval_dataset = eval_dataset
-        self.data_collator = data_collator
-        self.compute_loss: LossFunction = compute_loss or default_loss
-        self.compute_metrics = compute_metrics
         self.strategy = strategy or FedAvg()
         self.callbacks = list(callbacks or ())
         self.ledger = Ledger()
-        self._cohort_size = args.cohort_size(len(self.clients))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if not trainable:
-            raise ArgumentsError(
-                "the model has no trainable parameters: load adapters with is_trainable=True"
-            )
-        self._optimizer = torch.optim.SGD(
-            trainable,
-            lr=args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
+        self._cohort_size = args.cohort_size(len(self.population))
+        loss = compute_loss or default_loss
+        self._local = LocalTrainer(
+            self.model, args, self.accelerator, self.strategy, loss, data_collator
         )
-        if local_state(model):
-            raise NotImplementedError(
-                "the model has local tensors (pFedPara's W₂ or local_modules), which would have to "
-                "be kept for every client: not supported by the trainer yet; train them with "
-                "communicated_state(model) and local_state(model) in a loop of your own"
-            )
-        # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
-        state = communicated_state(model)
-        self._resting = {k: v for k, v in _buffers(model).items() if k not in state}
-        self._not_communicated = _clone(self._resting)
+        self._evaluator = Evaluator(
+            self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator
+        )
+        self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
+        self._store = self._new_store()
+        self._saved: list[int] = []
+        self._wire_sizes: dict[tuple[str, frozenset[str]], PayloadSize] = {}
 
-    def train(self) -> History:
+    def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> History:
         """Run all rounds; the model holds the global state afterwards.
+
+        A resumed run ends in the same state, bit for bit, as one that was never interrupted.
+
+        Args:
+            resume_from_checkpoint: True continues from the newest checkpoint in ``output_dir``, or
+                starts afresh where there is none and says so; a path continues from that one, and
+                newer ones are removed.
 
         Returns:
             The history, also written to ``output_dir/history.json``.
 
         Raises:
-            RoundError: a client's loss is not finite.
-            PayloadError: a payload does not decode to what was agreed on.
+            RoundError: a client's training diverged; the model holds the last good global state.
+            ResumeError: the checkpoint is of another run, or starting afresh would overwrite one.
         """
-        args = self.args
-        self.ledger = Ledger()
         self._init_trackers()
-        # Views of the model's own tensors, looked up once: training changes them in place.
-        self._live = communicated_state(self.model)
-        server = ServerState(
-            round=0,
-            params=_clone(self._live),
-            buffers=frozenset(_buffers(self.model)),
-        )
-        reports: list[RoundReport] = []
-        for callback in self.callbacks:
+        server, reports = self._start(resume_from_checkpoint)
+        callbacks = self.callbacks if self._is_main else []
+        for callback in callbacks:
             callback.on_train_begin(server)
-        with tqdm(total=args.num_rounds, desc="round", disable=args.disable_tqdm) as bar:
-            for _ in range(args.num_rounds):
+        with tqdm(
+            total=self.args.num_rounds,
+            initial=server.round,
+            desc="round",
+            disable=self.args.disable_tqdm or not self._is_main,
+        ) as bar:
+            while server.round < self.args.num_rounds:
                 try:
                     server, report = self._round(server)
                 except BaseException:
-                    self._load_global(server.params)  # the last good model, not a client's
+                    self._take_back(server)
                     raise
                 reports.append(report)
-                self._after_round(server, report)
-                bar.set_postfix(self._progress(reports), refresh=False)
+                self._after_round(server, reports)
+                bar.set_postfix(_progress(reports), refresh=False)
                 bar.update()
+        self._local.load(server.params)
         history = History(tuple(reports))
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        history.save(Path(args.output_dir) / "history.json")
-        for callback in self.callbacks:
+        if self._is_main:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            history.save(Path(self.args.output_dir) / "history.json")
+        for callback in callbacks:
             callback.on_train_end(server, history)
         self.accelerator.end_training()
         return history
 
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
-        """Evaluate the model in place.
+        """Evaluate the model in place; several processes do it together.
 
         Args:
             dataset: examples; the trainer's ``eval_dataset`` by default.
@@ -165,37 +191,34 @@ class FederatedTrainer:
                 ``compute_loss`` does not return.
         """
         dataset = self.eval_dataset if dataset is None else dataset
-        if dataset is None or not len(dataset):
-            raise ArgumentsError("there are no examples to evaluate on: give eval_dataset")
-        was_training = self.model.training
-        self.model.eval()
-        total, seen = 0.0, 0
-        logits: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        with torch.no_grad():
-            for batch in batches(dataset, self.args.eval_batch_size, self.data_collator):
-                batch = send_to_device(batch, self.accelerator.device)
-                with self.accelerator.autocast():
-                    output = self.compute_loss(self.model, batch)
-                loss, outputs = output if isinstance(output, tuple) else (output, None)
-                total += float(loss) * batch_size(batch)
-                seen += batch_size(batch)
-                if self.compute_metrics is not None:
-                    target = labels_of_batch(batch)
-                    if outputs is None or target is None:
-                        raise ArgumentsError(
-                            "compute_metrics needs logits and labels: let compute_loss return "
-                            "(loss, logits) and name the labels 'labels'"
-                        )
-                    logits.append(outputs.float().cpu().numpy())
-                    labels.append(target.cpu().numpy())
-        self.model.train(was_training)
-        metrics = {"eval_loss": total / seen}
-        if self.compute_metrics is not None:
-            prediction = EvalPrediction(np.concatenate(logits), np.concatenate(labels))
-            found = self.compute_metrics(prediction)
-            metrics.update({f"eval_{name}": float(value) for name, value in found.items()})
-        return metrics
+        found = self._evaluator(self.model, dataset, shared=True)
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def client_model(self, client: Any) -> nn.Module:
+        """A client's own model: a copy of the global model with the client's local tensors.
+
+        Args:
+            client: its name (a key of ``train_dataset``) or index.
+
+        Returns:
+            A copy; ``merge_and_unload()`` and ``save_local`` work on it as on any model.
+
+        Raises:
+            ClientDataError: there is no such client.
+        """
+        state = self._store.get(self.population.index(client))
+        here = _everything(self._local)
+        kept = {name: tensor.clone() for name, tensor in here.items()}
+        shared = {name: kept[name] for name in self._local.shared}
+        self._local.load(shared, state)
+        personal = copy.deepcopy(self.model)
+        for name, tensor in here.items():
+            tensor.copy_(kept[name])
+        for module in personal.modules():
+            if state is not None and isinstance(module, FedParaLayer):
+                for adapter in module.specs:
+                    module.keep_local_half(adapter)
+        return personal
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Save the model in place: an adapter folder, a transformers folder, or safetensors.
@@ -215,143 +238,264 @@ class FederatedTrainer:
 
     def _round(self, server: ServerState) -> tuple[ServerState, RoundReport]:
         start = time.perf_counter()
-        number = server.round
-        cohort = sample_cohort(len(self.clients), self._cohort_size, self.args.seed, number)
-        schema = schema_of(server.params)
-        downlink = encode(server.params)
-        broadcast = self._to_device(decode(downlink.data, schema))
-        updates = []
+        args, number = self.args, server.round
+        cohort = sample_cohort(
+            self.population.num_examples, self._cohort_size, args.seed, number, args.client_sampling
+        )
+        dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
+        reporting = [client for client in cohort if client not in dropped]
+        resting = resting_factors(self._products, number)
+        part = server.restricted(server.params.keys() - resting)
+        broadcast = Broadcast(server.params, self.strategy.broadcast(part))
         for client in cohort:
-            self.ledger.record(number + 1, client, "downlink", downlink)
-            uplink, loss = self._client_turn(client, number, broadcast)
-            self.ledger.record(number + 1, client, "uplink", uplink)
-            updates.append(
-                ClientUpdate(client, len(self.clients[client]), decode(uplink.data, schema), loss)
-            )
-        server = self.strategy.server_step(server, mean_update(updates, server.params))
-        self._load_global(server.params)
+            self._record(number, client, "downlink", broadcast.params, broadcast.extra)
+        bias = None
+        if args.report_averaging_bias:
+            bias = AveragingBias(self.model, self._local.shared, server.params)
+        self._local.rest(resting)
+        sums = CohortSums(part.params)
+        for update in self._updates(reporting, number, broadcast, resting):
+            self._record(number, update.client, "uplink", update.update, update.extra)
+            weight = self._weight(update)
+            sums.add(update, weight)
+            if bias is not None:
+                bias.add(update.update, weight)
+        self._local.rest(())
+        mean = sums.mean(len(self.population))
+        stepped = self.strategy.server_step(part, mean) if reporting else part
+        server = server.updated(dataclasses.replace(stepped, round=number + 1))
         report = RoundReport(
             round=server.round,
             cohort=tuple(cohort),
-            train_loss=_mean_loss(updates),
+            dropped=tuple(dropped),
+            train_loss=sums.loss(),
             metrics={},
             uplink_bytes=self.ledger.total_bytes(server.round, "uplink"),
             downlink_bytes=self.ledger.total_bytes(server.round, "downlink"),
             header_bytes=self.ledger.header_bytes(server.round),
+            averaging_bias=None if bias is None else bias.result(mean.update),
             seconds=time.perf_counter() - start,
         )
-        if self._due(self.args.eval_every, server.round) and self.eval_dataset is not None:
-            report = dataclasses.replace(report, metrics=self.evaluate())
+        self._local.load(server.params)
+        if self._due(args.eval_every, server.round):
+            report = self._evaluated(server, report)
         return server, report
 
-    def _client_turn(self, client: int, number: int, broadcast: State) -> tuple[Payload, float]:
-        """Train one client from the broadcast and encode its update."""
-        self._load_global(broadcast)
-        loss = train_client(
-            self.model,
-            self._optimizer,
-            self.clients[client],
-            args=self.args,
-            accelerator=self.accelerator,
-            compute_loss=self.compute_loss,
-            collator=self.data_collator,
-            strategy=self.strategy,
-            broadcast=broadcast,
-            round=number,
-            client=client,
-        )
-        return encode(difference(self._live, broadcast)), loss
+    def _updates(
+        self, clients: list[int], number: int, broadcast: Broadcast, resting: Collection[str]
+    ) -> Iterator[ClientUpdate]:
+        """Train clients; their updates in client order, on every process."""
+        if self.accelerator.num_processes == 1:
+            yield from (self._turn(c, number, broadcast, resting) for c in clients)
+            return
+        owners = share_out(clients, self.population.num_examples, self.accelerator.num_processes)
+        here = self.accelerator.process_index
+        mine, keeping, failure = {}, list[int](), None
+        try:
+            for client in (c for c in clients if owners[c] == here):
+                mine[client] = self._turn(client, number, broadcast, resting)
+            keeping = [c for c in mine if self._store.has(c, number + 1)]
+        except Exception as error:
+            failure = error
+        for client in agree(failure, keeping):
+            self._store.note(client, number + 1)
+        if clients:
+            yield from everyones(self.accelerator, mine, owners)
 
-    def _load_global(self, params: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in self._live.items():
-                tensor.copy_(params[name])
-            for name, tensor in self._resting.items():
-                tensor.copy_(self._not_communicated[name])
+    def _turn(
+        self, client: int, number: int, broadcast: Broadcast, resting: Collection[str]
+    ) -> ClientUpdate:
+        state = self._store.get(client)
+        update, state = self._local.train(
+            client, self.population.train[client], number, broadcast, state, resting
+        )
+        if state:
+            self._store.put(client, number + 1, state)
+        return update
+
+    def _weight(self, update: ClientUpdate) -> float:
+        uniform = self.strategy.weighting == "uniform" or self.args.client_sampling == "weighted"
+        return 1.0 if uniform else float(update.num_examples)
+
+    def _record(
+        self, number: int, client: int, direction: Direction, state: State, extra: Kept
+    ) -> None:
+        """Charge what an encoded payload would be long; the same for all of a schema."""
+        key = (direction, frozenset(state))
+        if key not in self._wire_sizes:
+            self._wire_sizes[key] = size_of(schema_of({**state, **join_groups(extra)}))
+        self.ledger.record(number + 1, client, direction, self._wire_sizes[key])
+
+    def _evaluated(self, server: ServerState, report: RoundReport) -> RoundReport:
+        metrics: dict[str, float] = {}
+        every: dict[str, tuple[float, ...]] = {}
+        if self.eval_dataset is not None:
+            metrics |= self.evaluate()
+        if self.population.eval is not None:
+            every = self._evaluate_clients(server)
+            for name, values in every.items():
+                spread = over_clients(values, higher_is_better=not name.endswith("loss"))
+                metrics |= {f"client_{name}_{which}": value for which, value in spread.items()}
+        return dataclasses.replace(report, metrics=metrics, client_metrics=every)
+
+    def _evaluate_clients(self, server: ServerState) -> dict[str, tuple[float, ...]]:
+        """Every client's own model on its own data."""
+        assert self.population.eval is not None
+        processes = self.accelerator.num_processes
+        found = []
+        for client in range(self.accelerator.process_index, len(self.population), processes):
+            self._local.load(server.params, self._store.get(client))
+            found.append((client, self._evaluator(self.model, self.population.eval[client])))
+        self._local.load(server.params)
+        everyones_metrics = sorted(gather_object(found), key=lambda pair: pair[0])
+        names = everyones_metrics[0][1]
+        return {name: tuple(values[name] for _, values in everyones_metrics) for name in names}
 
     # Around the rounds.
 
-    def _after_round(self, server: ServerState, report: RoundReport) -> None:
+    def _start(
+        self, resume: bool | str | os.PathLike[str] | None
+    ) -> tuple[ServerState, list[RoundReport]]:
+        """The state to begin from, with the store and the ledger as they were then."""
+        args = self.args
+        found = checkpoints(args.output_dir)
+        if found and not resume:
+            raise ResumeError(
+                f"{args.output_dir} holds {list(found.values())[-1].name} of an earlier run: "
+                "continue it with train(resume_from_checkpoint=True), or take another output_dir"
+            )
+        folder = _asked(resume, found)
+        if folder is None:
+            if resume:
+                logger.warning("no checkpoint in %s yet: starting afresh", args.output_dir)
+            server = ServerState(0, _clone(self._local.shared), buffers=self._local.buffers)
+            reports: list[RoundReport] = []
+            self.ledger = Ledger()
+        else:
+            checkpoint = load_checkpoint(folder, self._settings())
+            server = _on(checkpoint.server, self._local.shared)
+            reports, self.ledger = list(checkpoint.history), checkpoint.ledger
+        if self._is_main:
+            remove_partial(args.output_dir)
+            for number, path in found.items():
+                if number > server.round:
+                    logger.warning("removing %s, newer than what is resumed", path)
+                    shutil.rmtree(path)
+            stored = DiskStore(self._store_folder)
+            stored.rollback(server.round) if folder else stored.clear()
+        self.accelerator.wait_for_everyone()
+        self._store = self._new_store()
+        self._saved = [number for number in found if number <= server.round]
+        return server, reports
+
+    def _after_round(self, server: ServerState, reports: list[RoundReport]) -> None:
+        report = reports[-1]
         values = {"train_loss": report.train_loss, **report.metrics}
         values.update(uplink_bytes=report.uplink_bytes, downlink_bytes=report.downlink_bytes)
-        self.accelerator.log(values, step=report.round)
+        self.accelerator.log({n: v for n, v in values.items() if v is not None}, step=report.round)
+        touched: Sequence[int] | None = report.cohort
         if self._due(self.args.save_every, report.round):
-            self.save_model(str(Path(self.args.output_dir) / f"round-{report.round}"))
-        for callback in self.callbacks:
+            self._checkpoint(Checkpoint(server, History(tuple(reports)), self.ledger))
+            touched = None
+        self._store.prune([*self._saved, server.round], touched, owner=self._is_main)
+        for callback in self.callbacks if self._is_main else ():
             callback.on_round_end(server, report)
+
+    def _checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Commit the clients' states, then the checkpoint that speaks of them."""
+        self._store.commit()
+        self.accelerator.wait_for_everyone()
+        self._saved.append(checkpoint.server.round)
+        limit = self.args.save_total_limit or len(self._saved)
+        needless, self._saved = self._saved[:-limit], self._saved[-limit:]
+        if self._is_main:
+            save_checkpoint(self.args.output_dir, checkpoint, self._settings(), self.save_model)
+            for number in needless:
+                shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{number}")
+        self.accelerator.wait_for_everyone()
+
+    def _take_back(self, server: ServerState) -> None:
+        """After a failure: the last good global model and clients, not half a round."""
+        self._local.rest(())
+        self._local.load(server.params)
+        self._store.rollback(server.round, owner=self._is_main)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the interrupted one."""
+        args = dataclasses.asdict(self.args).items()
+        schema = {n: (tuple(t.shape), str(t.dtype)) for n, t in _everything(self._local).items()}
+        digest = hashlib.blake2b(repr(sorted(schema.items())).encode(), digest_size=8).hexdigest()
+        return {
+            **{name: value for name, value in args if name not in _FREE},
+            "strategy": [type(self.strategy).__name__, vars(self.strategy)],
+            "clients": [len(self.population), sum(self.population.num_examples)],
+            "model": digest,
+        }
+
+    def _new_store(self) -> ClientStore:
+        disk = DiskStore(self._store_folder)
+        wanted = self.args.client_store
+        if wanted == "memory" and self.accelerator.num_processes > 1:
+            raise ArgumentsError(
+                "client_store='memory' needs one process, because a client may train on any: use "
+                "'disk' or 'auto'"
+            )
+        in_memory = wanted == "memory" or (wanted == "auto" and self.accelerator.num_processes == 1)
+        return MemoryStore(disk) if in_memory else disk
+
+    @property
+    def _store_folder(self) -> Path:
+        return Path(self.args.output_dir) / "clients"
+
+    @property
+    def _is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
 
     def _due(self, every: int, round: int) -> bool:
         return every > 0 and (round % every == 0 or round == self.args.num_rounds)
 
     def _init_trackers(self) -> None:
         if self.args.report_to is not None:
-            config = dataclasses.asdict(self.args)
-            self.accelerator.init_trackers(
-                "federated", {k: v for k, v in config.items() if v is not None}
-            )
-
-    def _progress(self, reports: list[RoundReport]) -> dict[str, str]:
-        sent = sum(r.uplink_bytes + r.downlink_bytes for r in reports)
-        shown = {"loss": f"{reports[-1].train_loss:.3f}", "sent": f"{sent / 1e6:.2f} MB"}
-        metrics = next((r.metrics for r in reversed(reports) if r.metrics), {})
-        if "eval_accuracy" in metrics:
-            shown["accuracy"] = f"{metrics['eval_accuracy']:.1%}"
-        return shown
-
-    def _to_device(self, state: State) -> State:
-        return {name: tensor.to(self.accelerator.device) for name, tensor in state.items()}
+            config = {
+                name: value if isinstance(value, int | float | str | bool) else str(value)
+                for name, value in dataclasses.asdict(self.args).items()
+                if value is not None
+            }
+            self.accelerator.init_trackers("federated", config)
 
 
-def mean_update(updates: Sequence[ClientUpdate], like: Mapping[str, Tensor]) -> State:
-    """The cohort's mean update, weighted by example counts and summed in client order.
-
-    The fixed order makes the result independent of who computed what. Integer tensors (counters of
-    norm layers) are rounded.
-    """
-    ordered = sorted(updates, key=lambda u: u.client)
-    total = sum(u.num_examples for u in ordered)
-    mean = {}
-    for name, reference in like.items():
-        dtype = reference.dtype if reference.is_floating_point() else torch.float64
-        accumulated = torch.zeros(reference.shape, dtype=dtype, device=reference.device)
-        for update in ordered:
-            part = update.update[name].to(device=reference.device, dtype=dtype)
-            accumulated.add_(part, alpha=update.num_examples / total)
-        if not reference.is_floating_point():
-            accumulated = accumulated.round()
-        mean[name] = accumulated.to(reference.dtype)
-    return mean
+def _progress(reports: list[RoundReport]) -> dict[str, str]:
+    loss = reports[-1].train_loss
+    sent = sum(r.uplink_bytes + r.downlink_bytes for r in reports)
+    shown = {"loss": "-" if loss is None else f"{loss:.3f}", "sent": f"{sent / 1e6:.2f} MB"}
+    metrics = next((r.metrics for r in reversed(reports) if r.metrics), {})
+    for name in ("eval_accuracy", "client_accuracy_mean"):
+        if name in metrics:
+            shown["accuracy"] = f"{metrics[name]:.1%}"
+    return shown
 
 
-def _mean_loss(updates: Sequence[ClientUpdate]) -> float:
-    total = sum(u.num_examples for u in updates)
-    return sum(u.train_loss * u.num_examples for u in updates) / total
+def _asked(resume: bool | str | os.PathLike[str] | None, found: Mapping[int, Path]) -> Path | None:
+    """The checkpoint to resume from, if any."""
+    if not resume:
+        return None
+    if resume is True:
+        return list(found.values())[-1] if found else None
+    return Path(resume)
 
 
-def _named_clients(train_dataset: Any) -> tuple[list[Any], list[Any]]:
-    if isinstance(train_dataset, Mapping):
-        names, clients = list(train_dataset), list(train_dataset.values())
-    elif isinstance(train_dataset, Sequence):
-        names, clients = list(range(len(train_dataset))), list(train_dataset)
-    else:
-        raise ClientDataError(
-            f"train_dataset is a {type(train_dataset).__name__}: give a list or mapping with one "
-            "data set per client, e.g. from partition(…)"
-        )
-    if not clients:
-        raise ClientDataError("there are no clients: train_dataset is empty")
-    empty = [name for name, data in zip(names, clients, strict=True) if not len(data)]
-    if empty:
-        raise ClientDataError(
-            f"{len(empty)} clients have no data, first {empty[:3]}: leave them out, or use "
-            "partition(…), which gives every client at least one example"
-        )
-    return names, clients
+def _on(server: ServerState, like: State) -> ServerState:
+    """A server state on the devices of the live tensors."""
+
+    def placed(state: State) -> State:
+        return {name: tensor.to(like[name].device) for name, tensor in state.items()}
+
+    optimizer = {group: placed(state) for group, state in server.optimizer.items()}
+    return dataclasses.replace(server, params=placed(server.params), optimizer=optimizer)
 
 
-def _buffers(model: nn.Module) -> State:
-    buffers = dict(model.named_buffers())
-    return {name: buffers[name] for name in persistent_buffers(model)}
+def _everything(local: LocalTrainer) -> State:
+    return {**local.shared, **local.local}
 
 
 def _clone(state: State) -> State:

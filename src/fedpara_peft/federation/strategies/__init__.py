@@ -1,9 +1,25 @@
 """Federated optimizers, one paper a file."""
 
 from .adaptive import FedAdagrad, FedAdam, FedYogi
-from .base import Strategy
+from .base import Correction, LocalSteps, Strategy
 from .fedavg import FedAvg
 from .fedavgm import FedAvgM
+from .feddyn import FedDyn
 from .fedprox import FedProx
+from .local_only import LocalOnly
+from .scaffold import Scaffold
 
-__all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedProx", "FedYogi", "Strategy"]
+__all__ = [
+    "Correction",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedDyn",
+    "FedProx",
+    "FedYogi",
+    "LocalOnly",
+    "LocalSteps",
+    "Scaffold",
+    "Strategy",
+]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..state import ServerState
+from ..state import CohortMean, ServerState
 from .base import Strategy, advance, moment
 
 
@@ -30,18 +29,18 @@ class _Adaptive(Strategy):
     beta2: float = 0.99
     tau: float = 1e-3
 
-    def server_step(self, server: ServerState, mean_update: Mapping[str, Tensor]) -> ServerState:
+    def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move by the normalized first moment."""
         first, second, step = {}, {}, {}
         kept = moment(server, "second", self.tau**2)
         for name, m in moment(server, "first").items():
-            delta = mean_update[name]
+            delta = mean.update[name]
             first[name] = self.beta1 * m + (1 - self.beta1) * delta
             second[name] = self._second(kept[name], delta.square())
             scale = second[name].sqrt() + self.tau
             step[name] = self.server_learning_rate * first[name] / scale
         optimizer = {"first": first, "second": second}
-        return advance(server, {**mean_update, **step}, optimizer)
+        return advance(server, {**mean.update, **step}, optimizer)
 
     @abstractmethod
     def _second(self, v: Tensor, square: Tensor) -> Tensor:

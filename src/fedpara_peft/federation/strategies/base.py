@@ -3,45 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from ...comm.state import State
-from ..state import ServerState
+from ..state import Broadcast, CohortMean, ServerState
+
+Kept = Mapping[str, State]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a strategy adds to a client's gradient at every local step (before it is clipped).
+
+        g ← g + μ (w - w_t) + d
+
+    Attributes:
+        pull: μ.
+        offset: d, fixed during the client's turn; names it lacks have none.
+    """
+
+    pull: float = 0.0
+    offset: State | None = None
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """How a client trained.
+
+    Attributes:
+        count: its optimizer steps K.
+        learning_rate: their learning rate η.
+    """
+
+    count: int
+    learning_rate: float
 
 
 class Strategy:
     """A federated optimizer. A subclass overrides only what its paper changes.
 
-    Strategies hold settings, never state: what must survive a round is in :class:`ServerState`.
+    Strategies hold settings, never state: what must survive a round is in :class:`ServerState`, or
+    in the client's own state. All states are keyed by the names of the communicated parameters.
     """
 
-    def correct(
-        self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], broadcast: State
-    ) -> Mapping[str, Tensor]:
-        """Correct a client's gradients before its local step (and before they are clipped).
+    #: Weights of the cohort's mean: by the clients' examples, or all alike.
+    weighting: ClassVar[Literal["num_examples", "uniform"]] = "num_examples"
+    #: Whether anything travels at all.
+    communicates: ClassVar[bool] = True
 
-        Args:
-            grads: gradient of every trained parameter, by name.
-            params: the parameters w.
-            broadcast: w_t as received.
-        """
-        return grads
+    def broadcast(self, server: ServerState) -> Kept:
+        """What travels to the clients beside w_t, by name."""
+        return {}
 
-    def server_step(self, server: ServerState, mean_update: Mapping[str, Tensor]) -> ServerState:
-        """Make w_{t+1} from w_t and the cohort's mean update Δ.
+    def correction(self, broadcast: Broadcast, kept: Kept) -> Correction | None:
+        """Correct a client's gradients; ``kept`` is what the strategy keeps for this client."""
+        return None
+
+    def next_client_state(
+        self, broadcast: Broadcast, kept: Kept, update: State, steps: LocalSteps
+    ) -> tuple[Kept, Kept]:
+        """What to keep for a client that trained, and what it sends beside its update."""
+        return {}, {}
+
+    def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
+        """Make w_{t+1} from w_t and what the cohort sent.
 
         w_{t+1} = w_t + Δ
         """
-        return advance(server, mean_update)
+        return advance(server, mean.update)
 
 
 def advance(
-    server: ServerState,
-    step: Mapping[str, Tensor],
-    optimizer: Mapping[str, State] | None = None,
+    server: ServerState, step: State, optimizer: Mapping[str, State] | None = None
 ) -> ServerState:
     """The next server state: every entry moved by its step."""
     params = {name: w + step[name] for name, w in server.params.items()}
@@ -55,7 +91,9 @@ def optimized(server: ServerState) -> list[str]:
 
 
 def moment(server: ServerState, name: str, start: float = 0.0) -> State:
-    """A server optimizer's running state of this name, ``start`` everywhere in the first round."""
-    if name in server.optimizer:
-        return dict(server.optimizer[name])
-    return {n: torch.full_like(server.params[n], start) for n in optimized(server)}
+    """A server optimizer's running state of this name, ``start`` everywhere at first."""
+    kept = server.optimizer.get(name, {})
+    return {
+        n: kept[n] if n in kept else torch.full_like(server.params[n], start)
+        for n in optimized(server)
+    }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..state import ServerState
+from ..state import CohortMean, ServerState
 from .base import Strategy, advance, moment
 
 
@@ -25,11 +22,11 @@ class FedAvgM(Strategy):
     server_momentum: float = 0.9
     server_learning_rate: float = 1.0
 
-    def server_step(self, server: ServerState, mean_update: Mapping[str, Tensor]) -> ServerState:
+    def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move along the momentum of mean updates."""
         velocity = {
-            name: self.server_momentum * v + mean_update[name]
+            name: self.server_momentum * v + mean.update[name]
             for name, v in moment(server, "velocity").items()
         }
         step = {name: self.server_learning_rate * v for name, v in velocity.items()}
-        return advance(server, {**mean_update, **step}, {"velocity": velocity})
+        return advance(server, {**mean.update, **step}, {"velocity": velocity})

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ...comm.state import State
-from .base import Strategy
+from ..state import Broadcast
+from .base import Correction, Kept, Strategy
 
 
 @dataclass(frozen=True)
@@ -23,10 +20,6 @@ class FedProx(Strategy):
 
     mu: float = 0.01
 
-    def correct(
-        self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], broadcast: State
-    ) -> Mapping[str, Tensor]:
+    def correction(self, broadcast: Broadcast, kept: Kept) -> Correction | None:
         """Add the proximal term's gradient, μ (w - w_t)."""
-        if self.mu == 0:
-            return grads
-        return {n: g + self.mu * (params[n] - broadcast[n]) for n, g in grads.items()}
+        return Correction(pull=self.mu) if self.mu else None

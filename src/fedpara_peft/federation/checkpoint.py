@@ -1,0 +1,133 @@
+"""Checkpoints of a run: complete or not there at all.
+
+    checkpoint-12/server.safetensors    w_t and what the strategy keeps on the server
+    checkpoint-12/trainer_state.json    round, reports of all rounds, settings that must not change
+    checkpoint-12/ledger.npy            all transfers so far
+    checkpoint-12/…                     the model, as ``save_model`` writes it
+
+Clients' states lie beside the checkpoints, by version (see ``store.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ..comm.ledger import Ledger
+from ..comm.state import join_groups, split_groups
+from .errors import ResumeError
+from .history import History, report_from_json
+from .state import ServerState
+from .store import sync
+
+_FORMAT = 1
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run between two rounds."""
+
+    server: ServerState
+    history: History
+    ledger: Ledger
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
+    """The complete checkpoints in a folder by round, in order."""
+    found = {
+        int(match[1]): path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := _FOLDER.fullmatch(path.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    output_dir: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    save_model: Callable[[str], None],
+) -> Path:
+    """Write a checkpoint under another name, and rename it when it is whole and on the disk."""
+    number = checkpoint.server.round
+    final = Path(output_dir) / f"checkpoint-{number}"
+    partial = Path(output_dir) / f".checkpoint-{number}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(str(partial))
+    server = checkpoint.server
+    groups = {"params": server.params}
+    groups.update({f"optimizer.{name}": state for name, state in server.optimizer.items()})
+    tensors = {n: t.contiguous() for n, t in join_groups(groups).items()}
+    save_file(tensors, partial / "server.safetensors")
+    state = {
+        "format": _FORMAT,
+        "round": number,
+        "buffers": sorted(server.buffers),
+        "settings": dict(settings),
+        "rounds": [asdict(report) for report in checkpoint.history],
+    }
+    (partial / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n")
+    checkpoint.ledger.save(partial / "ledger.npy")
+    for path in partial.rglob("*"):
+        sync(path)
+    os.replace(partial, final)
+    sync(final.parent)
+    return final
+
+
+def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
+    """Read a checkpoint that was written under the same settings.
+
+    Raises:
+        ResumeError: it is not a checkpoint of such a run.
+    """
+    try:
+        found = json.loads((folder / "trainer_state.json").read_text())
+        tensors = load_file(folder / "server.safetensors")
+        ledger = Ledger.load(folder / "ledger.npy")
+    except FileNotFoundError as error:
+        raise ResumeError(
+            f"{folder} is not a checkpoint ({Path(error.filename).name} is missing): give a folder "
+            "checkpoint-<round> that save_every wrote"
+        ) from None
+    if found["format"] != _FORMAT:
+        raise ResumeError(
+            f"{folder} has format {found['format']}, this version reads {_FORMAT}: resume with the "
+            "version that wrote it"
+        )
+    asked = json.loads(json.dumps(dict(settings)))
+    differing = {
+        name: (found["settings"].get(name), asked.get(name))
+        for name in sorted(asked.keys() | found["settings"].keys())
+        if found["settings"].get(name) != asked.get(name)
+    }
+    if differing:
+        shown = "; ".join(f"{n}: {was!r} then, {now!r} now" for n, (was, now) in differing.items())
+        raise ResumeError(
+            f"{folder} is of another run ({shown}): resume with the same settings, or start afresh "
+            "in another output_dir"
+        )
+    groups = split_groups(tensors)
+    server = ServerState(
+        round=found["round"],
+        params=groups.pop("params", {}),
+        optimizer={name.removeprefix("optimizer."): state for name, state in groups.items()},
+        buffers=frozenset(found["buffers"]),
+    )
+    return Checkpoint(server, History(tuple(map(report_from_json, found["rounds"]))), ledger)
+
+
+def remove_partial(output_dir: str | os.PathLike[str]) -> None:
+    """Remove what a killed run left unfinished."""
+    for path in Path(output_dir).glob(".checkpoint-*.partial"):
+        shutil.rmtree(path)

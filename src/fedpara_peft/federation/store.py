@@ -1,0 +1,195 @@
+"""Where clients' states rest between their rounds: in memory or on disk, by version.
+
+A version is the number of rounds completed when the client had trained. Versions let a resumed run
+take back whatever a client learnt after the checkpoint.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from ..comm.state import join_groups, split_groups
+from .state import ClientState
+
+_FILE = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
+
+
+class ClientStore(ABC):
+    """States of clients; a client that never trained has none."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, list[int]] = {}
+
+    def get(self, client: int) -> ClientState | None:
+        """A client's newest state."""
+        versions = self._versions.get(client)
+        return self._read(client, versions[-1]) if versions else None
+
+    def put(self, client: int, version: int, state: ClientState) -> None:
+        """Keep a client's new state beside its former ones."""
+        self._write(client, version, state)
+        self.note(client, version)
+
+    def note(self, client: int, version: int) -> None:
+        """Know of a version that another process put into the same folder."""
+        versions = self._versions.setdefault(client, [])
+        if version not in versions:
+            bisect.insort(versions, version)
+
+    def has(self, client: int, version: int) -> bool:
+        """Whether this version of a client's state is kept."""
+        return version in self._versions.get(client, ())
+
+    def rollback(self, version: int, *, owner: bool = True) -> None:
+        """Forget what clients learnt after a version; only the owner deletes."""
+        for client, versions in list(self._versions.items()):
+            kept = bisect.bisect_right(versions, version)
+            self._forget(client, versions[kept:], owner)
+            self._versions[client] = versions[:kept]
+
+    def prune(
+        self, needed: Collection[int], clients: Iterable[int] | None = None, *, owner: bool = True
+    ) -> None:
+        """Forget states that no rollback to one of the needed versions will ask for.
+
+        Args:
+            needed: versions to which a rollback may go, the present one among them.
+            clients: whose states to look through; everybody's by default.
+            owner: whether to delete, too.
+        """
+        for client in list(self._versions) if clients is None else clients:
+            versions = self._versions.get(client, [])
+            positions = {bisect.bisect_right(versions, n) - 1 for n in needed}
+            kept = [v for i, v in enumerate(versions) if i in positions]
+            self._forget(client, [v for v in versions if v not in kept], owner)
+            self._versions[client] = kept
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make every client's newest state durable."""
+
+    @abstractmethod
+    def _read(self, client: int, version: int) -> ClientState: ...
+
+    @abstractmethod
+    def _write(self, client: int, version: int, state: ClientState) -> None: ...
+
+    @abstractmethod
+    def _delete(self, client: int, version: int) -> None: ...
+
+    def _forget(self, client: int, versions: list[int], owner: bool) -> None:
+        for version in versions if owner else ():
+            self._delete(client, version)
+
+
+class DiskStore(ClientStore):
+    """A safetensors file per client and version.
+
+    Args:
+        folder: the run's own; read if it exists.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self._unsynced: list[Path] = []
+        for path in self.folder.glob("client-*"):
+            if match := _FILE.fullmatch(path.name):
+                self.note(int(match[1]), int(match[2]))
+
+    def clear(self) -> None:
+        """Forget all clients of a former run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._versions.clear()
+
+    def commit(self) -> None:
+        """Flush what was written since the last time to the disk."""
+        for path in self._unsynced:
+            if path.exists():  # not pruned since
+                sync(path)
+        self._unsynced.clear()
+        if self.folder.is_dir():
+            sync(self.folder)
+
+    def _path(self, client: int, version: int) -> Path:
+        return self.folder / f"client-{client}.round-{version}.safetensors"
+
+    def _read(self, client: int, version: int) -> ClientState:
+        groups = split_groups(load_file(self._path(client, version)))
+        local = groups.pop("local", {})
+        return ClientState(local, groups)
+
+    def _write(self, client: int, version: int, state: ClientState) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(client, version)
+        partial = path.with_name(f".{path.name}")
+        tensors = join_groups({"local": state.local, **state.strategy})
+        save_file({n: t.contiguous() for n, t in tensors.items()}, partial)
+        os.replace(partial, path)
+        self._unsynced.append(path)
+
+    def _delete(self, client: int, version: int) -> None:
+        self._path(client, version).unlink(missing_ok=True)
+
+
+class MemoryStore(ClientStore):
+    """Newest states in memory; :meth:`commit` writes those that changed to disk.
+
+    Args:
+        disk: where commits go, and where states of an earlier run are read from.
+    """
+
+    def __init__(self, disk: DiskStore) -> None:
+        super().__init__()
+        self._disk = disk
+        self._states: dict[tuple[int, int], ClientState] = {}
+        self._dirty: set[int] = set()
+        self._versions = {client: list(found) for client, found in disk._versions.items()}
+
+    def commit(self) -> None:
+        """Write the clients that trained since the last time."""
+        for client in sorted(self._dirty):
+            newest = self._versions[client][-1]
+            self._disk.put(client, newest, self._states[client, newest])
+        self._dirty.clear()
+        self._disk.commit()
+
+    def prune(
+        self, needed: Collection[int], clients: Iterable[int] | None = None, *, owner: bool = True
+    ) -> None:
+        """As the class says; states of former checkpoints remain on disk alone."""
+        touched = list(self._versions) if clients is None else list(clients)
+        super().prune(needed, touched, owner=owner)
+        for client in touched:
+            for version in self._versions.get(client, [])[:-1]:
+                self._states.pop((client, version), None)
+
+    def _read(self, client: int, version: int) -> ClientState:
+        if (client, version) not in self._states:
+            self._states[client, version] = self._disk._read(client, version)
+        return self._states[client, version]
+
+    def _write(self, client: int, version: int, state: ClientState) -> None:
+        self._states[client, version] = state
+        self._dirty.add(client)
+
+    def _delete(self, client: int, version: int) -> None:
+        self._states.pop((client, version), None)
+        self._disk._delete(client, version)
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
