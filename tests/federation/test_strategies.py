@@ -12,12 +12,17 @@ from fedpara_peft import (
     FedAdam,
     FedAvg,
     FedAvgM,
+    FedDyn,
     FederatedArguments,
     FederatedTrainer,
     FedProx,
     FedYogi,
+    LocalOnly,
+    Scaffold,
     partition,
 )
+from fedpara_peft.federation.random import torch_generator
+from fedpara_peft.federation.sampling import sample_cohort
 from fedpara_peft.federation.state import CohortMean, ServerState
 
 
@@ -73,6 +78,117 @@ def test_fedprox_is_the_proximal_loss(tmp_path):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
+def local_steps(model, start, rows, settings, number, client, correct):
+    """A client's turn written out; its weights afterwards and the number of steps."""
+    for p, w in zip(model.parameters(), start, strict=True):
+        p.data = w.clone()
+    steps = 0
+    for epoch in range(settings["num_local_epochs"]):
+        generator = torch_generator(0, number, client, f"batches {epoch}")
+        order = torch.randperm(len(rows), generator=generator)
+        for part in order.split(settings["per_client_batch_size"]):
+            x, y = (torch.stack(c) for c in zip(*[rows[j] for j in part.tolist()], strict=True))
+            grads = torch.autograd.grad(
+                nn.functional.cross_entropy(model(x), y), list(model.parameters())
+            )
+            for i, (p, g) in enumerate(zip(model.parameters(), grads, strict=True)):
+                p.data = p.data - 0.1 * (g + correct(i, p.data))
+            steps += 1
+    return [p.data for p in model.parameters()], steps
+
+
+def scaffold_by_hand(model, clients, settings):
+    x = [p.detach().clone() for p in model.parameters()]
+    zeros = [torch.zeros_like(w) for w in x]
+    c, own = zeros, dict.fromkeys(range(len(clients)), zeros)
+    for number in range(settings["num_rounds"]):
+        cohort = sample_cohort([1] * len(clients), settings["clients_per_round"], 0, number)
+        moves, changes = [], []
+        for i in cohort:
+            y, K = local_steps(
+                model,
+                x,
+                clients[i],
+                settings,
+                number,
+                i,
+                lambda k, w, c=c, own=own[i]: c[k] - own[k],
+            )
+            new = [o - s + (w - v) / (K * 0.1) for o, s, w, v in zip(own[i], c, x, y, strict=True)]
+            moves.append([v - w for w, v in zip(x, y, strict=True)])
+            changes.append([n - o for n, o in zip(new, own[i], strict=True)])
+            own[i] = new
+        x = [w + 0.7 * sum(d) / len(cohort) for w, *d in zip(x, *moves, strict=True)]
+        c = [s + sum(d) / len(clients) for s, *d in zip(c, *changes, strict=True)]
+    return x
+
+
+def feddyn_by_hand(model, clients, settings):
+    alpha, m = 0.3, len(clients)
+    theta = [p.detach().clone() for p in model.parameters()]
+    h = [torch.zeros_like(w) for w in theta]
+    gradient = dict.fromkeys(range(m), h)  # the clients' ∇L_i at their last optimum
+    for number in range(settings["num_rounds"]):
+        cohort = sample_cohort([1] * m, settings["clients_per_round"], 0, number)
+        found = []
+        for i in cohort:
+            y, _ = local_steps(
+                model, theta, clients[i], settings, number, i,
+                lambda k, w, t=theta, g=gradient[i]: alpha * (w - t[k]) - g[k],
+            )  # fmt: skip
+            gradient[i] = [
+                g - alpha * (v - w) for g, v, w in zip(gradient[i], y, theta, strict=True)
+            ]
+            found.append(y)
+        drift = [sum(v - w for v in ys) for w, *ys in zip(theta, *found, strict=True)]
+        h = [a - alpha * d / m for a, d in zip(h, drift, strict=True)]
+        theta = [sum(ys) / len(cohort) - a / alpha for a, *ys in zip(h, *found, strict=True)]
+    return theta
+
+
+@pytest.mark.parametrize(
+    ("strategy", "by_hand"),
+    [(Scaffold(server_learning_rate=0.7), scaffold_by_hand), (FedDyn(0.3), feddyn_by_hand)],
+)
+@pytest.mark.parametrize("num_rounds", [1, 4])
+def test_control_variates_and_dynamic_regularizers_by_hand(tmp_path, strategy, by_hand, num_rounds):
+    x, y = data().tensors
+    clients = partition(TensorDataset(x.double(), y), "quantity", 4, concentration=2.0)
+    settings = {
+        "num_rounds": num_rounds, "clients_per_round": 3, "num_local_epochs": 2,
+        "per_client_batch_size": 16,
+    }  # fmt: skip
+    expected = by_hand(mlp(norm=False).double(), clients, settings)
+    ours = run(tmp_path, strategy, clients, mlp(norm=False).double(), **settings)
+    for p, w in zip(ours.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), w, atol=1e-12, rtol=1e-9)
+
+
+def test_extra_traffic_is_counted(tmp_path):
+    def sent(strategy):
+        model = adapted(mlp(norm=False))
+        args = FederatedArguments(
+            str(tmp_path), num_rounds=2, clients_per_round=3, disable_tqdm=True
+        )
+        history = FederatedTrainer(
+            model, args, partition(data(), "iid", 5), strategy=strategy
+        ).train()
+        tensors = [
+            part - header / 2
+            for report in history
+            for part, header in [
+                (report.uplink_bytes, report.header_bytes),
+                (report.downlink_bytes, report.header_bytes),
+            ]
+        ]
+        return tensors
+
+    plain = sent(FedAvg())
+    assert sent(FedDyn()) == plain
+    assert sent(Scaffold()) == [2 * size for size in plain]  # both ways, in every round
+    assert sent(LocalOnly()) == [0] * 4
+
+
 def second(strategy, v, square):
     if isinstance(strategy, FedAdagrad):
         return v + square
@@ -110,7 +226,9 @@ def test_momentum_by_hand():
         assert server.params["w"].tolist() == [expected, expected]
 
 
-@pytest.mark.parametrize("strategy", [FedAvgM(), FedAdam(), FedYogi(), FedAdagrad(), FedProx()])
+@pytest.mark.parametrize(
+    "strategy", [FedAvgM(), FedAdam(), FedYogi(), FedAdagrad(), FedProx(), Scaffold(), FedDyn()]
+)
 def test_defaults_train(tmp_path, strategy):
     model = run(tmp_path, strategy, num_rounds=25, num_local_epochs=2)
     x, y = data().tensors

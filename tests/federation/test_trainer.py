@@ -47,6 +47,30 @@ def arguments(tmp_path, **changes):
     return FederatedArguments(**{**defaults, **changes})
 
 
+def slow_turn(model, args, client, number, i):
+    """A client's local training written out, with a new optimizer."""
+    model.train()
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=args.learning_rate * args.learning_rate_decay**number,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+    )
+    torch.manual_seed(derived_seed(args.seed, number, i, "training"))
+    for epoch in range(args.num_local_epochs):
+        generator = torch_generator(args.seed, number, i, f"batches {epoch}")
+        order = torch.randperm(len(client), generator=generator)
+        for part in order.split(args.per_client_batch_size * args.gradient_accumulation_steps):
+            rows = [client[j] for j in part.tolist()]
+            x, y = (torch.stack(column) for column in zip(*rows, strict=True))
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if args.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+
 def slow_fedavg(model, args, clients):
     """FedAvg written out: load_state_dict, a new SGD a client, weights averaged in float64."""
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -56,26 +80,7 @@ def slow_fedavg(model, args, clients):
         sums = {k: torch.zeros(v.shape, dtype=torch.float64) for k, v in state.items()}
         for i in cohort:
             model.load_state_dict(state)
-            model.train()
-            optimizer = torch.optim.SGD(
-                [p for p in model.parameters() if p.requires_grad],
-                lr=args.learning_rate * args.learning_rate_decay**number,
-                momentum=args.momentum,
-                weight_decay=args.weight_decay,
-            )
-            torch.manual_seed(derived_seed(args.seed, number, i, "training"))
-            for epoch in range(args.num_local_epochs):
-                generator = torch_generator(args.seed, number, i, f"batches {epoch}")
-                order = torch.randperm(len(clients[i]), generator=generator)
-                for part in order.split(args.per_client_batch_size):
-                    rows = [clients[i][j] for j in part.tolist()]
-                    x, y = (torch.stack(column) for column in zip(*rows, strict=True))
-                    loss = nn.functional.cross_entropy(model(x), y)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    if args.max_grad_norm:
-                        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
+            slow_turn(model, args, clients[i], number, i)
             for k, v in model.state_dict().items():
                 sums[k] += v.double() * len(clients[i]) / total
         state = {
@@ -107,6 +112,16 @@ def test_fedavg_is_fedavg(tmp_path, kind, settings):
     args = arguments(tmp_path, **settings)
     expected = slow_fedavg(build(), args, clients)
     model = build()
+    FederatedTrainer(model, args, clients).train()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+    clients = partition(toy(), "dirichlet", 5, concentration=5.0)
+    args = arguments(tmp_path, gradient_accumulation_steps=3, per_client_batch_size=5, momentum=0.5)
+    expected = slow_fedavg(mlp(norm=False), args, clients)
+    model = mlp(norm=False)
     FederatedTrainer(model, args, clients).train()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=2e-6, rtol=1e-5, msg=name)

@@ -35,7 +35,8 @@ class WeightedMean:
         parts = [state[n] for n in self._floats]
         if self._narrow:
             parts = [p.to(s.dtype) for p, s in zip(parts, self._float_sums, strict=True)]
-        torch._foreach_add_(self._float_sums, parts, alpha=weight)
+        if parts:
+            torch._foreach_add_(self._float_sums, parts, alpha=weight)
         for name, total in self._sums.items():
             if not self._like[name].is_floating_point():
                 total.add_(state[name].double(), alpha=weight)

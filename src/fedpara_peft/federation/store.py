@@ -157,8 +157,8 @@ class MemoryStore(ClientStore):
     def commit(self) -> None:
         """Write the clients that trained since the last time."""
         for client in sorted(self._dirty):
-            newest = self._versions[client][-1]
-            self._disk.put(client, newest, self._states[client, newest])
+            if versions := self._versions[client]:  # none after a rollback to its beginning
+                self._disk.put(client, versions[-1], self._read(client, versions[-1]))
         self._dirty.clear()
         self._disk.commit()
 

@@ -1,0 +1,183 @@
+"""A run that was interrupted ends in the same bits, whatever interrupted it and when."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.federation.runs import STRATEGIES
+from tests.federation.test_trainer import arguments, toy
+from tests.zoo import adapted, mlp
+
+from fedpara_peft import (
+    FedAvg,
+    FederatedCallback,
+    FederatedTrainer,
+    ResumeError,
+    RoundError,
+    Scaffold,
+    partition,
+)
+from fedpara_peft.federation.checkpoint import checkpoints
+
+RUNS = Path(__file__).parent / "runs.py"
+
+
+class InterruptedTestError(Exception):
+    pass
+
+
+class StopAfter(FederatedCallback):
+    def __init__(self, round):
+        self.round = round
+
+    def on_round_end(self, server, report):
+        if report.round == self.round:
+            raise InterruptedTestError
+
+
+def trainer(folder, strategy=None, parameterization="pfedpara", callbacks=(), **changes):
+    settings = {"num_rounds": 7, "save_every": 2, "drop_out_probability": 0.2, **changes}
+    model = adapted(mlp(norm=False), parameterization=parameterization)
+    clients = partition(toy(), "iid", 5)
+    return FederatedTrainer(
+        model, arguments(folder, **settings), clients, toy(), strategy=strategy,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def final(run):
+    """Everything that a run leaves behind: the global model, all clients, the counted bytes."""
+    state = {f"global {k}": v for k, v in run.model.state_dict().items()}
+    for i in range(5):
+        state |= {f"{i} {k}": v for k, v in run.client_model(i).state_dict().items()}
+        kept = run._store.get(i)
+        for group, tensors in (kept.strategy if kept else {}).items():
+            state |= {f"{i} {group} {k}": v for k, v in tensors.items()}
+    return state, [(t.round, t.client, t.direction, t.total_bytes) for t in run.ledger.transfers()]
+
+
+def same(a, b):
+    return (
+        a[0].keys() == b[0].keys()
+        and all(torch.equal(x, b[0][k]) for k, x in a[0].items())
+        and a[1] == b[1]
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_resumed_is_uninterrupted(tmp_path, strategy, stop, store):
+    strategy = STRATEGIES[strategy]
+    whole = trainer(tmp_path / "whole", strategy)
+    history = whole.train()
+    with pytest.raises(InterruptedTestError):
+        trainer(tmp_path / "cut", strategy, callbacks=[StopAfter(stop)], client_store=store).train()
+    again = trainer(tmp_path / "cut", strategy, client_store=store)
+    resumed = again.train(resume_from_checkpoint=True)
+    assert same(final(again), final(whole))
+    assert [r.train_loss for r in resumed] == [r.train_loss for r in history]
+    assert [r.metrics for r in resumed] == [r.metrics for r in history]
+
+
+def test_clients_that_trained_after_the_checkpoint_are_rolled_back(tmp_path):
+    with pytest.raises(InterruptedTestError):
+        trainer(tmp_path, Scaffold(), callbacks=[StopAfter(5)], client_store="disk").train()
+    after = {p.name for p in (tmp_path / "clients").iterdir()}
+    assert any("round-5" in name for name in after)
+    again = trainer(tmp_path, Scaffold(), num_rounds=4, client_store="disk")
+    again.train(resume_from_checkpoint=True)  # nothing left to do but to take back
+    assert {p.name for p in (tmp_path / "clients").iterdir()} == {
+        name for name in after if "round-5" not in name
+    }
+    whole = trainer(tmp_path / "whole", Scaffold(), num_rounds=4)
+    whole.train()
+    assert same(final(again), final(whole))
+
+
+def test_more_rounds_an_older_checkpoint_and_limits(tmp_path):
+    trainer(tmp_path, num_rounds=4, save_every=1, save_total_limit=3).train()
+    assert list(checkpoints(tmp_path)) == [2, 3, 4]
+    longer = trainer(tmp_path, num_rounds=7, save_every=0)
+    longer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    assert same(final(longer), final(whole))
+    assert list(checkpoints(tmp_path)) == [2, 3]  # 4 spoke of clients that were rolled back
+
+
+def test_without_a_checkpoint_it_starts_afresh_and_says_so(tmp_path, caplog):
+    run = trainer(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert "no checkpoint" in caplog.text
+    assert list(checkpoints(tmp_path)) == [2, 4, 6, 7]
+
+
+def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path):
+    trainer(tmp_path, Scaffold()).train()
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    with pytest.raises(ResumeError, match="checkpoint-7 of an earlier run"):
+        trainer(tmp_path, Scaffold()).train()
+    with pytest.raises(ResumeError, match=r"learning_rate: 0.1 then, 0.2 now"):
+        trainer(tmp_path, Scaffold(), learning_rate=0.2).train(resume_from_checkpoint=True)
+    with pytest.raises(ResumeError, match=r"strategy: \['Scaffold'.* then, \['FedAvg'"):
+        trainer(tmp_path, FedAvg()).train(resume_from_checkpoint=True)
+    with pytest.raises(ResumeError, match="model: "):
+        trainer(tmp_path, Scaffold(), "lowrank").train(resume_from_checkpoint=True)
+    with pytest.raises(ResumeError, match=r"not a checkpoint \(trainer_state.json is missing"):
+        trainer(tmp_path, Scaffold()).train(resume_from_checkpoint=tmp_path / "clients")
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_failed_round_takes_its_clients_back(tmp_path):
+    run = trainer(tmp_path, Scaffold(), drop_out_probability=0.0, clients_per_round=5)
+    normal = run._local.train
+
+    def fails_late(client, dataset, round, *args):
+        if (round, client) == (3, 4):
+            raise RoundError("client 4 diverged in round 4")
+        return normal(client, dataset, round, *args)
+
+    run._local.train = fails_late
+    with pytest.raises(RoundError):
+        run.train()
+    three = trainer(
+        tmp_path / "three", Scaffold(), drop_out_probability=0.0, clients_per_round=5, num_rounds=3
+    )
+    three.train()
+    assert same(({**final(run)[0]}, []), ({**final(three)[0]}, []))
+
+
+@pytest.mark.parametrize("case", [("Scaffold", "pfedpara"), ("FedAdam", "fedpara")])
+def test_killed_and_resumed(tmp_path, case):
+    """A real process and SIGKILL; ``benchmarks/kill_resume.py`` does it more often."""
+    rng = random.Random(str(case))
+
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, RUNS, folder, *case, "20"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    with start(tmp_path / "whole") as whole:
+        assert whole.wait(120) == 0
+    expected = load_file(tmp_path / "whole" / "final.safetensors")
+    for _ in range(2):
+        with start(tmp_path / "cut") as process:
+            assert process.stdout.readline() == "training\n"
+            time.sleep(rng.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+    with start(tmp_path / "cut") as last:
+        assert last.wait(120) == 0
+    found = load_file(tmp_path / "cut" / "final.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t, expected[k]) for k, t in found.items())
