@@ -1,9 +1,12 @@
 """The round against the same thing written out, and what the trainer promises about bytes."""
 
+import collections.abc
 import json
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.zoo import adapted, mlp
@@ -14,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedpara_peft import (
     ArgumentsError,
     ClientDataError,
+    FedAvg,
     FederatedArguments,
     FederatedCallback,
     FederatedTrainer,
@@ -25,8 +29,10 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.comm.payload import encode
+from fedpara_peft.federation.client import LocalTrainer
 from fedpara_peft.federation.random import derived_seed, torch_generator
 from fedpara_peft.federation.sampling import sample_cohort
+from fedpara_peft.federation.state import Broadcast
 
 
 def toy(examples=120, seed=0):
@@ -332,3 +338,132 @@ def test_cohort_sizes():
     counts = torch.bincount(torch.tensor(draws).flatten(), minlength=10)
     assert counts.min() > 30
     assert json.dumps(draws[0])
+
+
+class HalfPrecision:
+    """What a GPU's fp16 accelerator is to local training, on a CPU."""
+
+    device = torch.device("cpu")
+    mixed_precision = "fp16"
+
+    def __init__(self):
+        self.scaler = object()
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.float16)
+
+    def backward(self, loss):
+        loss.backward()
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_fp16_loses_no_step(tmp_path, overflow):
+    """The scale shrinks until gradients fit, and the same batch is tried again."""
+    clients = partition(toy(), "iid", 3)
+    args = arguments(tmp_path, num_rounds=1, num_local_epochs=1)
+
+    def loss(model, batch):
+        factor = 1e3 if overflow else 1.0
+        return factor * nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    def trained(accelerator):
+        model = mlp(norm=False)
+        args.learning_rate = 0.1 if not overflow else 1e-4
+        local = LocalTrainer(model, args, accelerator, FedAvg(), loss)
+        start = Broadcast({k: v.clone() for k, v in communicated_state(model).items()})
+        sent, _ = local.train(1, clients[1], 0, start)
+        return sent, local._loss_scale
+
+    wide, _ = trained(Accelerator(cpu=True))
+    narrow, scale = trained(HalfPrecision())
+    assert (scale < 2**16) == overflow
+    for name, value in narrow.update.items():
+        assert value.dtype == torch.float32
+        error = (value - wide.update[name]).norm() / wide.update[name].norm()
+        assert error < 0.02, name
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate settles on one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_bfloat16_trains(tmp_path):
+    model = adapted(mlp(norm=False))
+    args = arguments(tmp_path, mixed_precision="bf16", num_rounds=6, learning_rate=0.3)
+    history = FederatedTrainer(model, args, partition(toy(), "iid", 3)).train()
+    assert history[-1].train_loss < history[0].train_loss
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_drop_outs_and_weighted_sampling(tmp_path):
+    clients = partition(toy(), "quantity", 5, concentration=1.0)
+    args = arguments(
+        tmp_path, num_rounds=30, drop_out_probability=0.6, client_sampling="weighted",
+        clients_per_round=2,
+    )  # fmt: skip
+    model = mlp(norm=False)
+    trainer = FederatedTrainer(model, args, clients)
+    history = trainer.train()
+    dropped = sum(len(r.dropped) for r in history) / 60
+    assert 0.4 < dropped < 0.8
+    per_client = history[0].downlink_bytes // 2
+    for report in history:
+        assert report.downlink_bytes == 2 * per_client  # they were sent the model all the same
+        assert report.uplink_bytes == (2 - len(report.dropped)) * per_client
+        assert (report.train_loss is None) == (len(report.dropped) == 2)
+    assert any(report.train_loss is None for report in history)
+    drawn = torch.bincount(torch.tensor([c for r in history for c in r.cohort]), minlength=5)
+    sizes = torch.tensor([len(c) for c in clients])
+    assert drawn[sizes.argmax()] > drawn[sizes.argmin()]
+
+
+def test_a_round_without_a_report_changes_nothing(tmp_path):
+    model = mlp(norm=False)
+    args = arguments(tmp_path, num_rounds=1, drop_out_probability=0.999, clients_per_round=1)
+    FederatedTrainer(model, args, partition(toy(), "iid", 3)).train()
+    assert all(
+        torch.equal(v, mlp(norm=False).state_dict()[k]) for k, v in model.state_dict().items()
+    )
+
+
+def test_weighted_sampling_averages_alike(tmp_path):
+    clients = partition(toy(), "quantity", 3, concentration=1.0)
+    args = arguments(tmp_path, num_rounds=1, client_sampling="weighted", clients_per_round=3)
+    model = mlp(norm=False)
+    FederatedTrainer(model, args, clients).train()
+    expected = None
+    for i in range(3):
+        alone = mlp(norm=False)
+        slow_turn(alone, args, clients[i], 0, i)
+        flat = torch.cat([p.detach().flatten() for p in alone.parameters()]).double() / 3
+        expected = flat if expected is None else expected + flat
+    found = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_clients_are_not_copied_and_may_be_made_when_asked_for(tmp_path):
+    whole = toy()
+
+    class Lazy(collections.abc.Sequence):
+        made = 0
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            if i >= 6:
+                raise IndexError(i)
+            self.made += 1
+            return torch.utils.data.Subset(whole, range(20 * i, 20 * i + 20))
+
+    lazy = Lazy()
+    trainer = FederatedTrainer(mlp(norm=False), arguments(tmp_path), lazy)
+    assert trainer.population.train is lazy
+    before = lazy.made
+    trainer.train()
+    assert lazy.made - before == 9  # three clients a round

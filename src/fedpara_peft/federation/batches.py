@@ -9,6 +9,9 @@ import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 from transformers import default_data_collator
 
+#: Batches of tensors that are indexed at once; a batch is then a view.
+_GATHERED_BATCHES = 64
+
 Collator = Callable[[list[Any]], Any]
 
 
@@ -28,8 +31,10 @@ def batches(
     found = _tensors(dataset) if collator is None else None
     if found is not None:
         tensors, own = found
-        for indices in torch.split(order if own is None else own[order], batch_size):
-            yield tuple(t[indices] for t in tensors)
+        chosen = order if own is None else own[order]
+        for several in torch.split(chosen, _GATHERED_BATCHES * batch_size):
+            parts = [torch.split(t[several], batch_size) for t in tensors]
+            yield from zip(*parts, strict=True)
         return
     for indices in torch.split(order, batch_size):
         rows = _rows(dataset, indices.tolist())

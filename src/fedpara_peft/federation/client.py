@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -83,13 +84,8 @@ class LocalTrainer:
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
         self._first_resting = [t.clone() for t in self._resting]
-        self._optimizer = torch.optim.SGD(
-            self._parameters.values(),
-            lr=args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            foreach=True,
-        )
+        mixed = accelerator.mixed_precision != "no"
+        self._autocast = accelerator.autocast if mixed else nullcontext
         # fp16's loss scale is found anew by every client, so that no client depends on another.
         self._scales_loss = accelerator.scaler is not None
         accelerator.scaler = None
@@ -166,17 +162,15 @@ class LocalTrainer:
     ) -> tuple[float, LocalSteps]:
         args = self._args
         rate = args.learning_rate_at(round)
-        self._optimizer.state.clear()
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         trained = {n: p for n, p in self._parameters.items() if n in seen.params}
         correct = _Corrector(self._strategy.correction(seen, kept), trained, seen.params)
+        optimizer = _SGD(list(self._parameters.values()), rate, args.momentum, args.weight_decay)
         self._loss_scale = _FIRST_LOSS_SCALE if self._scales_loss else 1.0
         self.model.train()
         losses, counts, steps = [], [], 0
         with torch.random.fork_rng(devices=_cuda_devices(self._accelerator)):
             # Dropout and the like draw from the global generators.
-            torch.manual_seed(derived_seed(args.seed, round, client, "training"))
+            _seed(derived_seed(args.seed, round, client, "training"), self._accelerator.device)
             for epoch in range(args.num_local_epochs):
                 order = torch_generator(args.seed, round, client, f"batches {epoch}")
                 for window in self._windows(dataset, order):
@@ -184,7 +178,7 @@ class LocalTrainer:
                     correct()
                     if args.max_grad_norm is not None:
                         nn.utils.clip_grad_norm_(self._parameters.values(), args.max_grad_norm)
-                    self._optimizer.step()
+                    optimizer.step()
                     losses += found
                     counts += sizes
                     steps += 1
@@ -193,21 +187,24 @@ class LocalTrainer:
 
     def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[Any]]:
         """The batches of every local step."""
-        args = self._args
+        args, device = self._args, self._accelerator.device
         rows = batches(dataset, args.per_client_batch_size, self._collator, order)
         while window := list(itertools.islice(rows, args.gradient_accumulation_steps)):
-            yield [send_to_device(batch, self._accelerator.device) for batch in window]
+            if device.type == "cpu":
+                yield window
+            else:
+                yield [send_to_device(batch, device) for batch in window]
 
     def _gradients(self, window: list[Any], rate: float) -> tuple[list[Tensor], list[int]]:
         """Gradients of the mean loss over a step's examples; every batch's loss and size."""
         sizes = [batch_size(batch) for batch in window]
         while True:
-            self._optimizer.zero_grad(set_to_none=True)
+            for parameter in self._parameters.values():
+                parameter.grad = None
             losses = []
             for batch, size in zip(window, sizes, strict=True):
-                loss, penalty = self._loss(batch, rate)
+                loss, total = self._loss(batch, rate)
                 share = size / sum(sizes) * self._loss_scale
-                total = loss + penalty
                 self._accelerator.backward(total if share == 1 else total * share)
                 losses.append(loss.detach())
             if not self._scales_loss or self._unscale():
@@ -222,19 +219,56 @@ class LocalTrainer:
         self._loss_scale /= 2
         return False
 
-    def _loss(self, batch: Any, rate: float) -> tuple[Tensor, Tensor | float]:
-        """A batch's loss and what regularizers add to it."""
+    def _loss(self, batch: Any, rate: float) -> tuple[Tensor, Tensor]:
+        """A batch's loss, alone and with what regularizers add to it."""
         strength = self._args.jacobian_correction
         if strength == 0:
-            return self._forward(batch), 0.0
+            loss = self._forward(batch)
+            return loss, loss
         with composed_weights(self.model) as composed:
             loss = self._forward(batch)
-            return loss, jacobian_correction(loss, composed, rate, strength)
+            return loss, loss + jacobian_correction(loss, composed, rate, strength)
 
     def _forward(self, batch: Any) -> Tensor:
-        with self._accelerator.autocast():
+        with self._autocast():
             output = self._compute_loss(self.model, batch)
         return output[0] if isinstance(output, tuple) else output
+
+
+class _SGD:
+    """torch's SGD, in the same bits, without what its class does around every step.
+
+    g ← g + λ w,   v ← β v + g,   w ← w - η v
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], rate: float, momentum: float, weight_decay: float
+    ) -> None:
+        self._parameters = parameters
+        self._rate, self._momentum, self._weight_decay = rate, momentum, weight_decay
+        self._velocity: dict[Tensor, Tensor] = {}
+
+    def step(self) -> None:
+        """Move the parameters that have gradients."""
+        pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        if not pairs:
+            return
+        moving: list[Tensor] = [p for p, _ in pairs]
+        steps = [g for _, g in pairs]
+        with torch.no_grad():
+            if self._weight_decay:
+                steps = list(torch._foreach_add(steps, moving, alpha=self._weight_decay))
+            if self._momentum:
+                steps = self._velocities(moving, steps)
+            torch._foreach_add_(moving, steps, alpha=-self._rate)
+
+    def _velocities(self, moving: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
+        for parameter, step in zip(moving, steps, strict=True):
+            if parameter in self._velocity:
+                self._velocity[parameter].mul_(self._momentum).add_(step)
+            else:
+                self._velocity[parameter] = step.clone()
+        return [self._velocity[p] for p in moving]
 
 
 class _Corrector:
@@ -275,13 +309,22 @@ def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
 
 
 def _all_finite(state: State) -> bool:
-    floats = [t for t in state.values() if t.is_floating_point()]
-    return not floats or bool(torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all())
+    ends = [torch.stack(t.aminmax()) for t in state.values() if t.is_floating_point()]
+    return all(bool(t.isfinite().all()) for t in ends)
 
 
 def _buffers(model: nn.Module) -> State:
     buffers = dict(model.named_buffers())
     return {name: buffers[name] for name in persistent_buffers(model)}
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that a client draws from; ``torch.manual_seed`` records tracebacks."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _cuda_devices(accelerator: Accelerator) -> list[torch.device]:

@@ -86,6 +86,10 @@ class FederatedTrainer:
         client_eval_dataset: one data set per client, in the same order or by the same names, to
             evaluate each client's own model on (the global model and its local tensors).
 
+    Attributes:
+        history: reports of the last run's rounds.
+        ledger: transfers of the last run.
+
     Raises:
         ClientDataError: there are no clients, or one has no data.
         ArgumentsError: the arguments do not fit the clients or the model.
@@ -115,6 +119,7 @@ class FederatedTrainer:
         self.eval_dataset = eval_dataset
         self.strategy = strategy or FedAvg()
         self.callbacks = list(callbacks or ())
+        self.history = History()
         self.ledger = Ledger()
         self._cohort_size = args.cohort_size(len(self.population))
         loss = compute_loss or default_loss
@@ -168,7 +173,7 @@ class FederatedTrainer:
                 bar.set_postfix(_progress(reports), refresh=False)
                 bar.update()
         self._local.load(server.params)
-        history = History(tuple(reports))
+        self.history = history = History(tuple(reports))
         if self._is_main:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             history.save(Path(self.args.output_dir) / "history.json")
