@@ -1,95 +1,469 @@
 """Time of a federated round beside a plain hand-written loop and other simulators.
 
-    python benchmarks/federation_speed.py
+    python benchmarks/federation_speed.py [--rounds 60]
 
-An MLP 784-200-10, 100 clients of 80 examples, 10 a round, batch 10, SGD, random data.
+Everyone does the same work: FedAvg of an MLP 784-200-10, 100 clients of 80 random examples, 10 of
+them a round, SGD with rate 0.1, nothing evaluated, on CPUs. The peers are optional:
+``pip install pfl "flwr[simulation]"``.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import functools
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
+from measure import ratio
+from report import table, write
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedpara_peft import FederatedArguments, FederatedTrainer
+from fedpara_peft import FederatedArguments, FederatedCallback, FederatedTrainer
+
+CLIENTS, COHORT, EXAMPLES, RATE = 100, 10, 80, 0.1
+WARM_UP = 2  # rounds that are not timed, in every run
+PASSES = 3  # rows that run apart take turns with the others this often
+
+PLAIN, OURS, TWO = "plain loop", "FederatedTrainer, sequential", "FederatedTrainer, two processes"
+PFL, FLOWER = "apple pfl", "Flower simulation"
+NEEDS = {PFL: ["pfl"], FLOWER: ["flwr", "ray"]}
+APART = (TWO, FLOWER)
+
+LAUNCH = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+#: One thread and no GPU, in processes started from here as well; and nobody calls home.
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "PFL_PYTORCH_DEVICE": "cpu",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
-def data() -> list[TensorDataset]:
-    torch.manual_seed(0)
-    return [TensorDataset(torch.randn(80, 784), torch.randint(0, 10, (80,))) for _ in range(100)]
+@dataclass(frozen=True)
+class Work:
+    """What a sampled client does."""
+
+    title: str
+    epochs: int
+    batch: int
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10))
+WORKS = [Work("5 epochs, batch 10", 5, 10), Work("one step, batch 80", 1, EXAMPLES)]
 
 
-class Plain:
-    """FedAvg as most people write it: DataLoader, new SGD, load_state_dict, averaged dicts."""
-
-    def __init__(self, clients, epochs):
-        self.clients, self.epochs, self.model = clients, epochs, net()
-
-    def round(self, number):
-        model = self.model
-        start = {k: v.clone() for k, v in model.state_dict().items()}
-        sums = {k: torch.zeros_like(v) for k, v in start.items()}
-        cohort = torch.randperm(100, generator=torch.Generator().manual_seed(number))[:10].tolist()
-        for i in cohort:
-            model.load_state_dict(start)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            for _ in range(self.epochs):
-                for x, y in DataLoader(self.clients[i], batch_size=10, shuffle=True):
-                    optimizer.zero_grad()
-                    nn.functional.cross_entropy(model(x), y).backward()
-                    optimizer.step()
-            for k, v in model.state_dict().items():
-                sums[k] += v * (80 / 800)
-        model.load_state_dict(sums)
-
-
-class Ours:
-    def __init__(self, clients, epochs):
-        folder = tempfile.mkdtemp()
-        args = FederatedArguments(
-            folder,
-            clients_per_round=10,
-            num_local_epochs=epochs,
-            per_client_batch_size=10,
-            num_rounds=10**6,
-            disable_tqdm=True,
+@functools.cache
+def clients() -> list[TensorDataset]:
+    """Every client's data; made once in a process."""
+    rng = torch.Generator().manual_seed(0)
+    return [
+        TensorDataset(
+            torch.randn(EXAMPLES, 784, generator=rng),
+            torch.randint(10, (EXAMPLES,), generator=rng),
         )
-        self.trainer = FederatedTrainer(net(), args, clients)
-        self.server, _ = self.trainer._start(False)
+        for _ in range(CLIENTS)
+    ]
 
-    def round(self, number):
-        self.server, _ = self.trainer._round(self.server)
+
+def net(width: int = 200) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+# The plain loop.
+
+
+def train_locally(model: nn.Module, dataset: TensorDataset, epochs: int, batch: int) -> None:
+    """What nearly every tutorial does on a client."""
+    loader = DataLoader(dataset, batch_size=batch, shuffle=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
+def plain(work: Work) -> Callable[[], None]:
+    """FedAvg by hand: state dicts loaded, and summed by their weights."""
+    model, rng = net(), random.Random(0)
+
+    def one_round() -> None:
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        mean = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+        cohort = [clients()[i] for i in rng.sample(range(CLIENTS), COHORT)]
+        total = sum(len(dataset) for dataset in cohort)
+        for dataset in cohort:
+            model.load_state_dict(start)
+            train_locally(model, dataset, work.epochs, work.batch)
+            for name, tensor in model.state_dict().items():
+                mean[name] += len(dataset) / total * tensor
+        model.load_state_dict(mean)
+
+    return one_round
+
+
+# FederatedTrainer.
+
+
+class InTurn(FederatedCallback):
+    """Times the trainer's rounds; between two of them, the others make theirs."""
+
+    def __init__(self, others: Mapping[str, Callable[[], None]]) -> None:
+        self.others = others
+        self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
+
+    def on_train_begin(self, *_: Any) -> None:
+        """The trainer begins."""
+        self.resumed = time.perf_counter()
+
+    def on_round_end(self, *_: Any) -> None:
+        """The others' turn."""
+        self.seconds[OURS].append(time.perf_counter() - self.resumed)
+        for name, one_round in self.others.items():
+            start = time.perf_counter()
+            one_round()
+            self.seconds[name].append(time.perf_counter() - start)
+        self.resumed = time.perf_counter()
+
+    def timed(self) -> dict[str, list[float]]:
+        """Seconds of every round after the warm-up, round by round."""
+        return {name: values[WARM_UP:] for name, values in self.seconds.items()}
+
+
+def trainer(
+    folder: str,
+    rounds: int,
+    model: nn.Module,
+    data: Sequence[TensorDataset],
+    work: Work,
+    cohort: int = COHORT,
+    callbacks: Sequence[FederatedCallback] = (),
+) -> FederatedTrainer:
+    args = FederatedArguments(
+        folder,
+        num_rounds=WARM_UP + rounds,
+        clients_per_round=cohort,
+        num_local_epochs=work.epochs,
+        per_client_batch_size=work.batch,
+        learning_rate=RATE,
+        disable_tqdm=True,
+    )
+    return FederatedTrainer(model, args, data, callbacks=callbacks)
+
+
+def in_turn(work: Work, rounds: int) -> dict[str, list[float]]:
+    """The rows that share this process, round by round in turn."""
+    others = {PLAIN: plain(work)}
+    if installed(PFL):
+        others[PFL] = apple_pfl(work)
+    clock = InTurn(others)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(folder, rounds, net(), clients(), work, callbacks=[clock]).train()
+    return clock.timed()
+
+
+# Apple's pfl.
+
+
+class PflNet(nn.Module):
+    """The same MLP with the methods that pfl asks of a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What a client minimizes."""
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def metrics(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+        """Required; asked for in the first round, which is not timed."""
+        from pfl.metrics import Weighted
+
+        return {"loss": Weighted(float(self.loss(x, y)) * len(y), len(y))}
+
+
+def apple_pfl(work: Work) -> Callable[[], None]:
+    """Central iterations, one a call."""
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.aggregate.weighting import WeightByDatapoints
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.pytorch import PyTorchTensorDataset
+    from pfl.data.sampling import get_user_sampler
+    from pfl.hyperparam.base import NNTrainHyperParams
+    from pfl.metrics import Metrics
+    from pfl.model.pytorch import PyTorchModel
+
+    class Stop(TrainingProcessCallback):  # type: ignore[misc]
+        def after_central_iteration(self, *_: Any, **__: Any) -> tuple[bool, Any]:
+            return True, Metrics()
+
+    asyncio.set_event_loop(asyncio.new_event_loop())  # pfl expects one
+    data = FederatedDataset(
+        lambda user: PyTorchTensorDataset(clients()[user].tensors, user_id=user),
+        get_user_sampler("minimize_reuse", range(CLIENTS)),
+    )
+    module = PflNet()
+    model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), lr=1.0))
+    algorithm = FederatedAveraging()
+    never = 10**9
+    return functools.partial(
+        algorithm.run,
+        NNAlgorithmParams(
+            central_num_iterations=never,
+            evaluation_frequency=never,
+            train_cohort_size=COHORT,
+            val_cohort_size=None,
+        ),
+        SimulatedBackend(data, data, postprocessors=[WeightByDatapoints()]),
+        model,
+        NNTrainHyperParams(
+            local_num_epochs=work.epochs,
+            local_learning_rate=RATE,
+            local_batch_size=work.batch,
+        ),
+        callbacks=[Stop()],
+        send_metrics_to_platform=False,  # it would print them
+    )
+
+
+# Flower.
+
+kept_net = functools.cache(net)
+
+
+def flower_client(message: Any, context: Any) -> Any:
+    """A client's turn, in one of Ray's actors; data and model stay there."""
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+    torch.set_num_threads(1)
+    model, config = kept_net(), message.content["config"]
+    dataset = clients()[int(context.node_config["partition-id"])]
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    train_locally(model, dataset, int(config["epochs"]), int(config["batch"]))
+    metrics = MetricRecord({"num-examples": len(dataset)})
+    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+def flower(work: Work, rounds: int) -> list[float]:
+    """Seconds from the beginning of a round to that of the next."""
+    from flwr.app import ArrayRecord, ConfigRecord
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    begun = []
+
+    class Timed(FedAvg):  # type: ignore[misc]
+        def configure_train(self, *args: Any) -> Any:
+            begun.append(time.perf_counter())
+            return super().configure_train(*args)
+
+        def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> Any:
+            replies = list(replies)
+            # Flower goes on without clients that failed, and is faster then.
+            if len(replies) != COHORT or any(reply.has_error() for reply in replies):
+                raise RuntimeError("a client failed")
+            return super().aggregate_train(server_round, replies)
+
+    def serve(grid: Any, _: Any) -> None:
+        Timed(fraction_train=COHORT / CLIENTS, fraction_evaluate=0.0).start(
+            grid,
+            ArrayRecord(net().state_dict()),
+            num_rounds=WARM_UP + rounds + 1,  # the last one has no next
+            train_config=ConfigRecord({"epochs": work.epochs, "batch": work.batch}),
+        )
+
+    server, client = ServerApp(), ClientApp()
+    server.main()(serve)
+    client.train()(flower_client)
+    resources = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server, client, num_supernodes=CLIENTS, backend_config=resources)
+    return [b - a for a, b in itertools.pairwise(begun)][WARM_UP:]
+
+
+# Rows that run in processes of their own.
+
+
+def apart(row: str, work: Work, rounds: int) -> list[float]:
+    """Seconds of every round of a row that this script runs in another process."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [
+                sys.executable, *(LAUNCH if row == TWO else []), __file__,
+                "--rounds", str(rounds), "--apart", row, str(WORKS.index(work)), folder,
+            ],
+            env={**os.environ, "FLWR_HOME": folder},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"{row} failed:\n{done.stderr}")
+        return list(json.loads((Path(folder) / "seconds.json").read_text()))
+
+
+def run_apart(row: str, work: Work, folder: str, rounds: int) -> None:
+    """The other process."""
+    if row == FLOWER:
+        # Not as __main__: Ray's actors are to import the client, not to be sent it every time.
+        import federation_speed
+
+        seconds = federation_speed.flower(work, rounds)
+    else:
+        ours = trainer(folder, rounds, net(), clients(), work)
+        history = ours.train()
+        if not ours.accelerator.is_main_process:
+            return
+        seconds = [report.seconds for report in history][WARM_UP:]
+    (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+
+
+# The tables.
+
+
+def installed(row: str) -> bool:
+    return all(find_spec(package) for package in NEEDS.get(row, []))
+
+
+def beside_others(rounds: int) -> tuple[str, list[dict[str, Any]]]:
+    """A round of the same work, everyone's."""
+    rows = []
+    for work in WORKS:
+        seconds: dict[str, list[float]] = {}
+        for _ in range(PASSES):
+            found = in_turn(work, rounds)
+            found |= {row: apart(row, work, rounds) for row in APART if installed(row)}
+            for name, values in found.items():
+                seconds.setdefault(name, []).extend(values)
+        for name in (PLAIN, OURS, TWO, PFL, FLOWER):
+            row: dict[str, Any] = {"work": work.title, "row": name, "installed": name in seconds}
+            rows.append(row)
+            if name in seconds:
+                middle = statistics.median(seconds[name])
+                row |= {
+                    "ms": 1e3 * middle,
+                    "of plain loop": middle / statistics.median(seconds[PLAIN])
+                    if name in APART
+                    else ratio(seconds, name, PLAIN),
+                    "ratio": "of medians" if name in APART else "median of paired rounds",
+                }
+            print(row, flush=True)
+    lines = []
+    for name in (PLAIN, OURS, TWO, PFL, FLOWER):
+        release = [version(NEEDS[name][0])] if name in NEEDS and installed(name) else []
+        cells = [" ".join([name, *release])]
+        for row in (r for r in rows if r["row"] == name):
+            mark = "\\*" if name in APART else ""
+            ms, of_plain = row.get("ms"), row.get("of plain loop")
+            cells += [f"{ms:.1f}", f"{of_plain:.2f}{mark}"] if ms else ["not installed", "-"]
+        lines.append(cells)
+    header = [""]
+    for work in WORKS:
+        header += [f"{work.title}: ms a round", "of the plain loop"]
+    return table(header, lines), rows
+
+
+def growth(rounds: int) -> tuple[str, list[dict[str, Any]]]:
+    """FederatedTrainer's round as clients, cohort and model grow."""
+    sizes = [(100, 10, 200), (1_000, 10, 200), (10_000, 10, 200)]
+    sizes += [(100, 50, 200), (100, 100, 200), (100, 10, 800), (100, 10, 3200)]
+    work = Work("one step, batch 10", 1, 10)
+    x, y = torch.randn(1_000, 784), torch.randint(10, (1_000,))
+    shards = [TensorDataset(a, b) for a, b in zip(x.split(10), y.split(10), strict=True)]
+    seconds: dict[tuple[int, int, int], list[float]] = {size: [] for size in sizes}
+    for _ in range(PASSES):
+        for size in sizes:
+            number, cohort, width = size
+            data = [shards[i % len(shards)] for i in range(number)]
+            clock = InTurn({})
+            with tempfile.TemporaryDirectory() as folder:
+                trainer(folder, rounds, net(width), data, work, cohort, [clock]).train()
+            seconds[size] += clock.timed()[OURS]
+    rows, lines = [], []
+    first = statistics.median(seconds[sizes[0]])
+    for size in sizes:
+        number, cohort, width = size
+        middle = statistics.median(seconds[size])
+        parameters = sum(p.numel() for p in net(width).parameters())
+        rows.append(
+            {
+                "clients": number,
+                "cohort": cohort,
+                "width": width,
+                "parameters": parameters,
+                "ms": 1e3 * middle,
+                "of first row": middle / first,
+                "ratio": "of medians",
+            }
+        )
+        lines.append(
+            [f"{number:,}", str(cohort), str(width), f"{parameters:,}", f"{1e3 * middle:.1f}"]
+            + [f"{middle / first:.2f}"]
+        )
+        print(rows[-1], flush=True)
+    header = ["clients", "a round", "hidden width", "parameters", "ms a round", "of the first row"]
+    return table(header, lines), rows
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60, help="rounds timed, per row and work")
+    parser.add_argument("--apart", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ |= SETTINGS
+    torch.set_num_threads(1)
+    if options.apart:
+        row, work, folder = options.apart
+        run_apart(row, WORKS[int(work)], folder, options.rounds)
+        return
+    each = -(-options.rounds // PASSES)
+    peers, rows = beside_others(each)
+    growing, more = growth(each)
+    text = (
+        f"An MLP 784-200-10, {CLIENTS} clients of {EXAMPLES} random examples, {COHORT} a round, "
+        "FedAvg, SGD with rate 0.1, nothing evaluated. The second work is one step a client, all "
+        f"but pure overhead. {PASSES * each} rounds a row.\n\n{peers}\n\n"
+        "Plain loop: a DataLoader and a new torch.optim.SGD for every client, load_state_dict, a "
+        "weighted sum of state dicts. The first, second and fourth row make their rounds in turn "
+        "in one process and one thread: medians of paired ratios. \\*: ratio of medians, in "
+        f"processes of their own, with the other rows in {PASSES} turns. Two processes: "
+        "accelerate launch, one thread each, RoundReport.seconds. pfl: SimulatedBackend, in "
+        "process; it does not shuffle. Flower: run_simulation, Ray, two actors of one CPU, stock "
+        "FedAvg; its server and its engine look for messages every 0.1 s.\n\n"
+        "## As a federation grows\n\n"
+        "FederatedTrainer, sequential, one thread, one step of batch 10 a client; ratios of "
+        f"medians.\n\n{growing}"
+    )
+    title = "A federated round beside a plain loop and other simulators"
+    write("federation_speed", title, text, [*rows, *more])
 
 
 if __name__ == "__main__":
-    import statistics
-
-    torch.set_num_threads(1)
-    for epochs in (5, 1):
-        a, b = Plain(data(), epochs), Ours(data(), epochs)
-        ratios = []
-        for n in range(12):
-            t0 = time.perf_counter()
-            a.round(n)
-            t1 = time.perf_counter()
-            b.round(n)
-            t2 = time.perf_counter()
-            ratios.append((t2 - t1) / (t1 - t0))
-        print(epochs, statistics.median(ratios), t1 - t0, t2 - t1)
-    import cProfile
-    import pstats
-
-    pr = cProfile.Profile()
-    pr.enable()
-    for n in range(5):
-        b.round(n)
-    pr.disable()
-    pstats.Stats(pr).sort_stats("tottime").print_stats(28)
+    main()

@@ -127,6 +127,14 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(server, History(tuple(map(report_from_json, found["rounds"]))), ledger)
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint: under its name it is whole until it is gone."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(folder, partial)
+    shutil.rmtree(partial)
+
+
 def remove_partial(output_dir: str | os.PathLike[str]) -> None:
     """Remove what a killed run left unfinished."""
     for path in Path(output_dir).glob(".checkpoint-*.partial"):

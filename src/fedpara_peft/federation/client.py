@@ -128,7 +128,7 @@ class LocalTrainer:
         Raises:
             RoundError: the loss or the update is not finite.
         """
-        kept = {} if state is None else state.strategy
+        kept = {} if state is None else self._placed(state.strategy)
         active = [n for n in self.shared if n not in resting]
         seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
         self.load(broadcast.params, state)
@@ -143,9 +143,16 @@ class LocalTrainer:
         keeps, sends = self._strategy.next_client_state(
             seen, {g: _only(s, active) for g, s in kept.items()}, moved, steps
         )
-        keeps = {g: {**kept.get(g, {}), **s} for g, s in keeps.items()}
+        keeps = {g: _at_rest({**kept.get(g, {}), **s}) for g, s in keeps.items()}
         sent = ClientUpdate(client, len(dataset), update, loss, sends)
-        return sent, ClientState(_clone(self.local), keeps)
+        return sent, ClientState(_at_rest(_clone(self.local)), keeps)
+
+    def _placed(self, kept: Mapping[str, State]) -> dict[str, State]:
+        """What a client keeps, where its tensors train."""
+        return {
+            group: {name: tensor.to(self.shared[name].device) for name, tensor in state.items()}
+            for group, state in kept.items()
+        }
 
     def _update(self, params: State) -> State:
         names = list(params)
@@ -297,6 +304,11 @@ def _only(state: State, names: Collection[str]) -> State:
 
 def _clone(state: State) -> State:
     return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _at_rest(state: State) -> State:
+    """A state in main memory: an accelerator need not hold that of a thousand clients."""
+    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

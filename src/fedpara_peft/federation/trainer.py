@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from .checkpoint import (
     Checkpoint,
     checkpoints,
     load_checkpoint,
+    remove_checkpoint,
     remove_partial,
     save_checkpoint,
 )
@@ -385,7 +385,7 @@ class FederatedTrainer:
             for number, path in found.items():
                 if number > server.round:
                     logger.warning("removing %s, newer than what is resumed", path)
-                    shutil.rmtree(path)
+                    remove_checkpoint(path)
             stored = DiskStore(self._store_folder)
             stored.rollback(server.round) if folder else stored.clear()
         self.accelerator.wait_for_everyone()
@@ -416,7 +416,7 @@ class FederatedTrainer:
         if self._is_main:
             save_checkpoint(self.args.output_dir, checkpoint, self._settings(), self.save_model)
             for number in needless:
-                shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{number}")
+                remove_checkpoint(Path(self.args.output_dir) / f"checkpoint-{number}")
         self.accelerator.wait_for_everyone()
 
     def _take_back(self, server: ServerState) -> None:
@@ -427,12 +427,12 @@ class FederatedTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""
-        args = dataclasses.asdict(self.args).items()
+        args, strategy = dataclasses.asdict(self.args).items(), vars(self.strategy)
         schema = {n: (tuple(t.shape), str(t.dtype)) for n, t in _everything(self._local).items()}
         digest = hashlib.blake2b(repr(sorted(schema.items())).encode(), digest_size=8).hexdigest()
         return {
             **{name: value for name, value in args if name not in _FREE},
-            "strategy": [type(self.strategy).__name__, vars(self.strategy)],
+            "strategy": [type(self.strategy).__name__, {n: repr(v) for n, v in strategy.items()}],
             "clients": [len(self.population), sum(self.population.num_examples)],
             "model": digest,
         }
