@@ -3,7 +3,7 @@
 Importing this package registers the method with PEFT.
 """
 
-from .comm.errors import PayloadError, StateError
+from .comm.errors import CodecError, PayloadError, StateError
 from .comm.state import (
     communicated_state,
     load_communicated_state,
@@ -24,6 +24,7 @@ from .federation.errors import (
 from .federation.history import History
 from .federation.metrics import accuracy
 from .federation.partition import partition
+from .federation.plan import Plan, plan
 from .federation.strategies import (
     FedAdagrad,
     FedAdam,
@@ -65,6 +66,7 @@ __all__ = [
     "ArgumentsError",
     "CheckpointError",
     "ClientDataError",
+    "CodecError",
     "ConfigError",
     "ConversionError",
     "FedAdagrad",
@@ -85,6 +87,7 @@ __all__ = [
     "LocalOnly",
     "PartitionError",
     "PayloadError",
+    "Plan",
     "RankError",
     "ReplacedWeightError",
     "ResumeError",
@@ -106,6 +109,7 @@ __all__ = [
     "loha_to_fedpara",
     "parameter_count",
     "partition",
+    "plan",
     "rank_bounds",
     "rank_for_gamma",
     "rank_for_ratio",

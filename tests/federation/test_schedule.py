@@ -81,7 +81,8 @@ def test_one_block_a_round_is_exact(tmp_path, parameterization, strategy):
     whole = always.train()
     sizes = {r.uplink_bytes for r in history}
     assert max(sizes) < whole[0].uplink_bytes
-    assert {r.downlink_bytes for r in history} == {history[0].downlink_bytes}
+    if not isinstance(strategy, Scaffold):  # whose controls rest with their factors
+        assert {r.downlink_bytes for r in history} == {whole[0].downlink_bytes}
     assert whole[0].averaging_bias > 10 * max(r.averaging_bias for r in history)
 
 

@@ -28,7 +28,8 @@ from fedpara_peft import (
     communicated_state,
     partition,
 )
-from fedpara_peft.comm.payload import encode
+from fedpara_peft.comm.payload import Format
+from fedpara_peft.comm.schema import schema_of
 from fedpara_peft.federation.client import LocalTrainer
 from fedpara_peft.federation.random import derived_seed, torch_generator
 from fedpara_peft.federation.sampling import sample_cohort
@@ -167,7 +168,8 @@ def test_bytes_are_the_payloads_lengths(tmp_path, kind):
     trainer = FederatedTrainer(model, arguments(tmp_path), partition(toy(), "iid", 6))
     history = trainer.train()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    payload = encode(communicated_state(model))
+    state = communicated_state(model)
+    payload = Format(schema_of(state)).encode(state, round=2)
     assert payload.size.tensor_bytes == 4 * parameters
     for report in history:
         assert report.uplink_bytes == report.downlink_bytes == 3 * len(payload.data)

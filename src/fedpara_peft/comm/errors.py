@@ -6,11 +6,29 @@ from typing import Literal
 
 from ..maths.errors import FedParaError
 
-Refusal = Literal["malformed", "keys", "shape", "dtype", "length", "not_finite"]
+Refusal = Literal[
+    "malformed",
+    "length",
+    "codec",
+    "schema",
+    "keys",
+    "shape",
+    "dtype",
+    "not_finite",
+    "norm",
+    "stale",
+    "duplicate",
+    "not_sampled",
+    "diverged",
+]
 
 
 class StateError(FedParaError, ValueError):
     """A state does not fit the model it is loaded into; the model is unchanged."""
+
+
+class CodecError(FedParaError, ValueError):
+    """A codec does not exist, or cannot be used for what it is asked."""
 
 
 class PayloadError(FedParaError, ValueError):

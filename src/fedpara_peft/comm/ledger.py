@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +18,24 @@ from .payload import PayloadSize
 Direction = Literal["uplink", "downlink"]
 _DIRECTIONS: tuple[Direction, ...] = ("uplink", "downlink")
 _COLUMNS = 4
+
+
+#: Bandwidths at which the paper models a round.
+PAPER_MEGABITS_PER_S = (2.0, 10.0, 50.0)
+
+
+def energy_j(num_bytes: float, joules_per_bit: float) -> float:
+    """Energy of sending bytes between a user and a data centre.
+
+    There is no default: the figure depends on network and year by orders of magnitude. Give the one
+    of a source that you can name.
+    """
+    return 8 * num_bytes * joules_per_bit
+
+
+def transfer_s(num_bytes: float, megabits_per_s: float) -> float:
+    """Time to send bytes at a bandwidth."""
+    return 8 * num_bytes / (1e6 * megabits_per_s)
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,38 @@ class Ledger:
     def header_bytes(self, round: int | None = None, direction: Direction | None = None) -> int:
         """The part of :meth:`total_bytes` that is headers."""
         return sum(t.header_bytes for t in self.transfers(round, direction))
+
+    def round_s(self, round: int, megabits_per_s: float, compute_s: float = 0.0) -> float:
+        """Wall-clock time of a round in which all clients work side by side.
+
+            computing time + the longest of the clients' transfers, down and up
+
+        Args:
+            round: counted from 1.
+            megabits_per_s: every client's bandwidth; the paper takes 2, 10 and 50.
+            compute_s: computing time of the slowest client.
+        """
+        by_client: dict[int, int] = {}
+        for transfer in self.transfers(round):
+            sent = by_client.get(transfer.client, 0)
+            by_client[transfer.client] = sent + transfer.total_bytes
+        return compute_s + transfer_s(max(by_client.values(), default=0), megabits_per_s)
+
+    def energy_j(self, joules_per_bit: float) -> float:
+        """Energy of all transfers; see :func:`energy_j`."""
+        return energy_j(self.total_bytes(), joules_per_bit)
+
+    def to_json_lines(self, path: str | os.PathLike[str]) -> None:
+        """Write all transfers, a JSON object a line."""
+        lines = (json.dumps(asdict(transfer)) + "\n" for transfer in self.transfers())
+        Path(path).write_text("".join(lines))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write all transfers as comma-separated values."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(name.name for name in fields(Transfer))
+            writer.writerows(astuple(transfer) for transfer in self.transfers())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all transfers as one array of int64, a row each, the round first."""

@@ -1,21 +1,27 @@
-"""States as bytes: safetensors, checked against an agreed schema before anything is used."""
+"""States as bytes: safetensors, checked against what was agreed on before anything is used."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
+from .codecs import Codec, Identity
 from .errors import PayloadError
+from .schema import Schema, TensorSchema, digest
 from .state import State
 
 _LENGTH_BYTES = 8
+_ROUND_DIGITS = 10
+# What another writer of safetensors may add to a header: padding, another order of entries.
+_SLACK_BYTES = 1024
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,27 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True)
-class TensorSchema:
-    """Shape and dtype that a tensor of a payload must have."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-Schema = dict[str, TensorSchema]
-
-
-def schema_of(state: Mapping[str, Tensor]) -> Schema:
-    """The schema that payloads of such a state follow."""
-    return {name: TensorSchema(tuple(t.shape), t.dtype) for name, t in state.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -87,78 +73,185 @@ class Payload:
         return PayloadSize(header, len(self.data) - header)
 
 
-def size_of(schema: Schema) -> PayloadSize:
-    """The size of every payload of a schema, which depends on nothing else.
+@dataclass(frozen=True)
+class Format:
+    """What both ends agreed on: schema and codec. It turns states into payloads and back.
 
-    Nothing is sent for an empty schema.
+    A payload is a safetensors file. Its metadata give codec, round and a digest of the schema; its
+    tensors are named by their position among the schema's sorted names, because both ends know the
+    rest. Sorted, so that nothing depends on the order in which an end came to know them.
+
+    Attributes:
+        schema: names, shapes and dtypes of the states.
+        codec: how they are made shorter.
     """
-    if not schema:
-        return PayloadSize(0, 0)
-    return encode({n: torch.zeros(s.shape, dtype=s.dtype) for n, s in schema.items()}).size
 
+    schema: Schema
+    codec: Codec = field(default_factory=Identity)
 
-def encode(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Payload:
-    """Encode a state as safetensors bytes; bit-exact, tensors on any device."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    return Payload(save(tensors, dict(metadata) if metadata else None))
+    @functools.cached_property
+    def size(self) -> PayloadSize:
+        """The size of every payload, which depends on nothing else; nothing is sent for nothing."""
+        if not self.schema:
+            return PayloadSize(0, 0)
+        tensor_bytes = sum(entry.num_bytes for entry in self._wire.values())
+        return PayloadSize(len(self._header(0)), tensor_bytes)
 
+    def encode(
+        self, state: Mapping[str, Tensor], round: int = 0, generator: torch.Generator | None = None
+    ) -> Payload:
+        """Encode a state of the schema.
 
-def decode(data: bytes, schema: Schema) -> State:
-    """Decode bytes that follow a schema.
-
-    Header and length are compared with the schema before any tensor is made, so bytes that claim
-    more than was agreed on cost nothing.
-
-    Args:
-        data: what arrived.
-        schema: names, shapes and dtypes agreed on.
-
-    Returns:
-        The state, on the CPU.
-
-    Raises:
-        PayloadError: not safetensors, other names, shapes or dtypes, truncated or overlong, or
-            holding NaN or infinity.
-    """
-    _check_header(data, schema)
-    try:
-        state: State = load(data)
-    except SafetensorError as error:
-        raise PayloadError("malformed", f"{error}; ask the sender for it again") from None
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise PayloadError(
-                "not_finite",
-                f"{name} holds NaN or infinity; lower the learning rate or set max_grad_norm",
-            )
-    return {name: state[name] for name in schema}
-
-
-def _check_header(data: bytes, schema: Schema) -> None:
-    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if len(data) < _LENGTH_BYTES or length > len(data) - _LENGTH_BYTES:
-        raise PayloadError("length", f"{len(data)} bytes end before the header does (truncated?)")
-    try:
-        header: dict[str, Any] = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
-        header.pop("__metadata__", None)
-        found = {
-            str(name): (tuple(map(int, entry["shape"])), str(entry["dtype"]))
-            for name, entry in header.items()
+        Args:
+            state: tensors on any device.
+            round: number of the round it belongs to.
+            generator: for stochastic codecs.
+        """
+        plain = {
+            str(i): state[name].detach().cpu().contiguous() for i, name in enumerate(self._names)
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise PayloadError("malformed", "the header is not safetensors'") from None
-    missing, unexpected = schema.keys() - found.keys(), found.keys() - schema.keys()
-    if missing or unexpected:
-        raise PayloadError(
-            "keys",
-            f"{len(missing)} tensors missing {sorted(missing)[:3]}, {len(unexpected)} unexpected "
-            f"{sorted(unexpected)[:3]}; sender and receiver must use the same model and config",
-        )
-    for name, (shape, dtype) in found.items():
-        if shape != schema[name].shape:
-            raise PayloadError("shape", f"{name} is {shape}, agreed on {schema[name].shape}")
-        if _DTYPES.get(dtype) != schema[name].dtype:
-            raise PayloadError("dtype", f"{name} is {dtype}, agreed on {schema[name].dtype}")
-    expected = _LENGTH_BYTES + length + sum(entry.num_bytes for entry in schema.values())
-    if len(data) != expected:
-        raise PayloadError("length", f"{len(data)} bytes, expected {expected} (truncated?)")
+        wire = self.codec.encode_state(plain, generator or torch.Generator())
+        data = (wire[n].contiguous().reshape(-1).view(torch.uint8) for n in self._order)
+        return Payload(b"".join([self._header(round), *(d.numpy().tobytes() for d in data)]))
+
+    def decode(self, data: bytes, round: int = 0) -> State:
+        """Decode bytes that arrived.
+
+        Length, metadata, names, shapes and dtypes are compared with what was agreed on before any
+        tensor is made, so bytes that claim more cost nothing.
+
+        Args:
+            data: what arrived.
+            round: number of the present round.
+
+        Returns:
+            The state, on the CPU.
+
+        Raises:
+            PayloadError: it is not what was agreed on, belongs to another round, or holds NaN or
+                infinity.
+        """
+        self._check_header(data, round)
+        try:
+            wire: State = load(data)
+        except SafetensorError as error:
+            raise PayloadError("malformed", f"{error}; ask the sender for it again") from None
+        self._check_finite(wire)
+        state = self.codec.decode_state(wire, self._positions)
+        self._check_finite(state)
+        found = {name: state[str(i)] for i, name in enumerate(self._names)}
+        return {name: found[name] for name in self.schema}
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return sorted(self.schema)
+
+    @functools.cached_property
+    def _positions(self) -> Schema:
+        return {str(i): self.schema[name] for i, name in enumerate(self._names)}
+
+    @functools.cached_property
+    def _wire(self) -> Schema:
+        return self.codec.wire_schema(self._positions)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return digest(self.schema)
+
+    @functools.cached_property
+    def _order(self) -> list[str]:
+        """Wide dtypes first, so that every tensor is aligned."""
+        return sorted(self._wire, key=lambda name: (-self._wire[name].dtype.itemsize, name))
+
+    def _header(self, round: int) -> bytes:
+        """A safetensors header, written here so that equal states are equal bytes."""
+        entries: dict[str, Any] = {"__metadata__": self._metadata(round)}
+        end = 0
+        for name in self._order:
+            entry = self._wire[name]
+            start, end = end, end + entry.num_bytes
+            entries[name] = {
+                "dtype": _NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _LENGTH_BYTES)
+        return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+    def _metadata(self, round: int) -> dict[str, str]:
+        # A fixed width: payloads of all rounds are equally long.
+        return {
+            "codec": str(self.codec),
+            "round": f"{round:0{_ROUND_DIGITS}d}",
+            "schema": self._digest,
+        }
+
+    def _shown(self, name: str) -> str:
+        """A name on the wire as the schema's owner knows it."""
+        position, _, part = name.partition(".")
+        known = position.isdigit() and int(position) < len(self._names)
+        return (self._names[int(position)] if known else name) + (f" ({part})" if part else "")
+
+    def _check_header(self, data: bytes, round: int) -> None:
+        if len(data) > len(self.size) + _SLACK_BYTES:
+            raise PayloadError("length", f"{len(data)} bytes, agreed on {len(self.size)}")
+        length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+        if len(data) < _LENGTH_BYTES or length > len(data) - _LENGTH_BYTES:
+            raise PayloadError("length", f"{len(data)} bytes end before the header does (cut off?)")
+        try:
+            header: dict[str, Any] = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
+            metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+            found = {
+                str(name): (tuple(map(int, entry["shape"])), str(entry["dtype"]))
+                for name, entry in header.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            raise PayloadError("malformed", "the header is not a payload's") from None
+        self._check_metadata(metadata, round)
+        self._check_entries(found)
+        expected = _LENGTH_BYTES + length + sum(entry.num_bytes for entry in self._wire.values())
+        if len(data) != expected:
+            raise PayloadError("length", f"{len(data)} bytes, expected {expected} (cut off?)")
+
+    def _check_metadata(self, metadata: dict[str, str], round: int) -> None:
+        for reason, name, remedy in (
+            ("codec", "codec", "both ends must use the same codec"),
+            ("schema", "schema", "both ends must use the same model and configuration"),
+            ("stale", "round", "it is of another round and must not be used in this one"),
+        ):
+            agreed = self._metadata(round)[name]
+            if metadata.get(name) != agreed:
+                raise PayloadError(
+                    reason,  # type: ignore[arg-type]
+                    f"{name} is {metadata.get(name, 'missing')!r:.80}, here it is {agreed!r}: "
+                    f"{remedy}",
+                )
+
+    def _check_entries(self, found: dict[str, tuple[tuple[int, ...], str]]) -> None:
+        missing, unexpected = self._wire.keys() - found.keys(), found.keys() - self._wire.keys()
+        if missing or unexpected:
+            raise PayloadError(
+                "keys",
+                f"{len(missing)} tensors missing {[self._shown(n) for n in sorted(missing)[:3]]}, "
+                f"{len(unexpected)} unexpected {[n[:80] for n in sorted(unexpected)[:3]]}",
+            )
+        for name, (shape, dtype) in found.items():
+            agreed: TensorSchema = self._wire[name]
+            if shape != agreed.shape:
+                raise PayloadError(
+                    "shape", f"{self._shown(name)} is {shape!s:.80}, agreed on {agreed.shape}"
+                )
+            if _DTYPES.get(dtype) != agreed.dtype:
+                raise PayloadError(
+                    "dtype", f"{self._shown(name)} is {dtype[:80]}, agreed on {agreed.dtype}"
+                )
+
+    def _check_finite(self, state: State) -> None:
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise PayloadError(
+                    "not_finite",
+                    f"{self._shown(name)} holds NaN or infinity; lower the learning rate or set "
+                    "max_grad_norm",
+                )

@@ -76,6 +76,38 @@ class FederatedArguments:
         default=False,
         metadata={"help": "Measure the error of averaging factors instead of weights."},
     )
+    uplink_codec: str = field(
+        default="identity",
+        metadata={
+            "help": "How updates travel: identity, float16, bfloat16, int8, int4, topk:FRACTION, "
+            "or several joined by '+', such as topk:0.1+int8."
+        },
+    )
+    downlink_codec: str = field(
+        default="identity", metadata={"help": "How the global state travels; likewise, but topk."}
+    )
+    error_feedback: bool = field(
+        default=False, metadata={"help": "Send what a codec lost the last time along."}
+    )
+    max_update_norm: float | None = field(
+        default=None, metadata={"help": "Refuse an update whose norm is larger."}
+    )
+    clip_update_norm: float | None = field(
+        default=None, metadata={"help": "Scale an update down to this norm if it is larger."}
+    )
+    aggregation: str = field(
+        default="mean",
+        metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
+    )
+    quorum: float = field(
+        default=0.0,
+        metadata={"help": "Share of the cohort whose updates must be usable, in [0, 1]."},
+    )
+    dp_noise_multiplier: float = field(
+        default=0.0,
+        metadata={"help": "Gaussian noise on the sum of updates, in units of clip_update_norm."},
+    )
+    dp_delta: float = field(default=1e-5, metadata={"help": "δ of the reported (ε, δ)."})
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
     eval_every: int = field(
         default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
@@ -123,6 +155,25 @@ class FederatedArguments:
         if not 0 <= self.drop_out_probability < 1:
             raise ArgumentsError(
                 f"drop_out_probability must be in [0, 1), got {self.drop_out_probability}"
+            )
+        if not 0 <= self.quorum <= 1:
+            raise ArgumentsError(f"quorum must be in [0, 1], got {self.quorum}")
+        for name in ("max_update_norm", "clip_update_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ArgumentsError(f"{name} must be positive, got {value}; None is without")
+        if self.dp_noise_multiplier < 0 or not 0 < self.dp_delta < 1:
+            raise ArgumentsError(
+                "dp_noise_multiplier must not be negative and dp_delta must be in (0, 1), got "
+                f"{self.dp_noise_multiplier} and {self.dp_delta}"
+            )
+        if self.dp_noise_multiplier and self.clip_update_norm is None:
+            raise ArgumentsError(
+                "dp_noise_multiplier needs clip_update_norm: noise protects only what is bounded"
+            )
+        if self.dp_noise_multiplier and self.aggregation != "mean":
+            raise ArgumentsError(
+                f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
             )
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ArgumentsError(

@@ -65,7 +65,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     save_model(str(partial))
     server = checkpoint.server
-    groups = {"params": server.params}
+    groups = {"params": server.params, "residual": server.residual}
     groups.update({f"optimizer.{name}": state for name, state in server.optimizer.items()})
     tensors = {n: t.contiguous() for n, t in join_groups(groups).items()}
     save_file(tensors, partial / "server.safetensors")
@@ -121,6 +121,7 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
     server = ServerState(
         round=found["round"],
         params=groups.pop("params", {}),
+        residual=groups.pop("residual", {}),
         optimizer={name.removeprefix("optimizer."): state for name, state in groups.items()},
         buffers=frozenset(found["buffers"]),
     )

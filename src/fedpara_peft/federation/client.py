@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from ..comm.errors import PayloadError
 from ..comm.state import State, communicated_state, local_state
 from ..tuner.jacobian import composed_weights, jacobian_correction
 from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
 from .batches import Collator, batches
-from .errors import ArgumentsError, RoundError
+from .errors import ArgumentsError
 from .loss import batch_size
 from .random import derived_seed, torch_generator
 from .state import Broadcast, ClientState, ClientUpdate
@@ -126,7 +127,7 @@ class LocalTrainer:
             What it sends, and what it keeps.
 
         Raises:
-            RoundError: the loss or the update is not finite.
+            PayloadError: the loss is not finite, so there is nothing to send.
         """
         kept = {} if state is None else self._placed(state.strategy)
         active = [n for n in self.shared if n not in resting]
@@ -134,10 +135,11 @@ class LocalTrainer:
         self.load(broadcast.params, state)
         loss, steps = self._steps(client, dataset, round, seen, kept)
         update = self._update(seen.params)
-        if not (math.isfinite(loss) and _all_finite(update)):
-            raise RoundError(
+        if not math.isfinite(loss):
+            raise PayloadError(
+                "diverged",
                 f"client {client} diverged in round {round + 1} (loss {loss}): lower learning_rate "
-                f"(now {self._args.learning_rate_at(round):.3g}) or set max_grad_norm"
+                f"(now {self._args.learning_rate_at(round):.3g}) or set max_grad_norm",
             )
         moved = {n: t for n, t in update.items() if n not in self.buffers}
         keeps, sends = self._strategy.next_client_state(
@@ -318,11 +320,6 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_sub(new, old)) if new else []
-
-
-def _all_finite(state: State) -> bool:
-    ends = [torch.stack(t.aminmax()) for t in state.values() if t.is_floating_point()]
-    return all(bool(t.isfinite().all()) for t in ends)
 
 
 def _buffers(model: nn.Module) -> State:

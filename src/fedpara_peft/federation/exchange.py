@@ -2,67 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from ..comm.payload import Schema, schema_of
+from ..comm.schema import Schema, schema_of
 from ..comm.state import State, join_groups, split_groups
 from .errors import RoundError
-from .state import ClientUpdate
-
-
-def agree(failure: Exception | None, keeping: Collection[int]) -> list[int]:
-    """Tell all processes how this one's clients fared, so that none waits for another for ever.
-
-    Args:
-        failure: what a client met here.
-        keeping: clients trained here whose state was stored.
-
-    Returns:
-        All processes' clients whose state was stored.
-
-    Raises:
-        RoundError: a client failed on another process.
-        Exception: the failure, on the process that met it.
-    """
-    gathered = gather_object([(str(failure) if failure else None, list(keeping))])
-    if failure is not None:
-        raise failure
-    for text, _ in gathered:
-        if text is not None:
-            raise RoundError(text)
-    return [client for _, clients in gathered for client in clients]
+from .state import ClientUpdate, Outcome
 
 
 def everyones(
-    accelerator: Accelerator, mine: Mapping[int, ClientUpdate], owners: Mapping[int, int]
-) -> Iterator[ClientUpdate]:
-    """All processes' updates on every process, in client order, one at a time.
+    accelerator: Accelerator,
+    mine: Mapping[int, Outcome],
+    failure: Exception | None,
+    owners: Mapping[int, int],
+) -> Iterator[Outcome]:
+    """All processes' clients on every process, in client order, one update at a time.
 
     Args:
         accelerator: of this process.
-        mine: the updates made here.
+        mine: how the clients trained here fared.
+        failure: what stopped this process, if anything did; all then stop, so that none waits for
+            another for ever.
         owners: process index by client.
+
+    Raises:
+        RoundError: another process was stopped.
+        Exception: the failure, on the process that met it.
     """
-    facts = {c: (u.num_examples, u.train_loss) for c, u in mine.items()}
-    schema = next((schema_of(_joined(u)) for u in mine.values()), None)
-    gathered = gather_object([(facts, schema)])
-    known = {c: fact for part, _ in gathered for c, fact in part.items()}
-    schema = next(s for _, s in gathered if s is not None)
-    size = sum(entry.num_bytes for entry in schema.values())
+    facts = {c: _without_tensors(outcome) for c, outcome in mine.items()}
+    schema = next((schema_of(_joined(o.update)) for o in mine.values() if o.update), None)
+    text = f"{type(failure).__name__}: {failure}" if failure else None
+    gathered = gather_object([(facts, schema, text)])
+    if failure is not None:
+        raise failure
+    for _, _, stopped in gathered:
+        if stopped is not None:
+            raise RoundError(f"another process stopped: {stopped}")
+    known = {client: fact for part, _, _ in gathered for client, fact in part.items()}
+    schema = next((s for _, s, _ in gathered if s is not None), None)
     for client in sorted(owners):
-        if client in mine:
-            data = _pack(_joined(mine[client]), schema)
-        else:
-            data = torch.empty(size, dtype=torch.uint8, device=accelerator.device)
-        data = broadcast(data, from_process=owners[client])
-        groups = split_groups(_unpack(data, schema))
-        num_examples, train_loss = known[client]
-        yield ClientUpdate(client, num_examples, groups.pop("update", {}), train_loss, groups)
+        fact = known[client]
+        if fact.update is None or schema is None:
+            yield fact
+            continue
+        own = mine[client].update if client in mine else None
+        groups = split_groups(_sent(accelerator, own, schema, owners[client]))
+        update = dataclasses.replace(fact.update, update=groups.pop("update", {}), extra=groups)
+        yield dataclasses.replace(fact, update=update)
+
+
+def _sent(accelerator: Accelerator, own: ClientUpdate | None, schema: Schema, owner: int) -> State:
+    if own is not None:
+        data = _pack(_joined(own), schema)
+    else:
+        size = sum(entry.num_bytes for entry in schema.values())
+        data = torch.empty(size, dtype=torch.uint8, device=accelerator.device)
+    return _unpack(broadcast(data, from_process=owner), schema)
+
+
+def _without_tensors(outcome: Outcome) -> Outcome:
+    if outcome.update is None:
+        return outcome
+    return dataclasses.replace(
+        outcome, update=dataclasses.replace(outcome.update, update={}, extra={})
+    )
 
 
 def _joined(update: ClientUpdate) -> State:

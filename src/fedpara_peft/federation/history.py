@@ -63,5 +63,6 @@ class History:
 def report_from_json(row: dict[str, Any]) -> RoundReport:
     """A report from its JSON object."""
     row = {**row, "cohort": tuple(row["cohort"]), "dropped": tuple(row["dropped"])}
+    row["refused"] = tuple((client, reason) for client, reason in row["refused"])
     row["client_metrics"] = {n: tuple(v) for n, v in row["client_metrics"].items()}
     return RoundReport(**row)

@@ -1,15 +1,38 @@
-"""The cohort's mean: one definition, whoever computed what."""
+"""How a cohort's updates become one: the mean, and means that a few bad clients cannot move."""
 
 from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..comm.state import State, join_groups, split_groups
-from .state import ClientUpdate, CohortMean
+from ..comm.state import State
+from .errors import ArgumentsError
 
 
-class WeightedMean:
+class Aggregate(ABC):
+    """One state made of several, added in client order.
+
+    Args:
+        like: names, shapes and dtypes of the states.
+    """
+
+    @abstractmethod
+    def __init__(self, like: State) -> None: ...
+
+    @abstractmethod
+    def add(self, state: State, weight: float) -> None:
+        """Add a state."""
+
+    @abstractmethod
+    def result(self) -> State:
+        """The aggregate of what was added; zero if nothing was."""
+
+
+class WeightedMean(Aggregate):
     """A weighted mean of states, summed in the order in which they are added.
 
         Σ_i p_i s_i / Σ_i p_i
@@ -30,7 +53,7 @@ class WeightedMean:
         self._narrow = any(like[n].dtype != self._sums[n].dtype for n in self._floats)
 
     def add(self, state: State, weight: float) -> None:
-        """Add a state."""
+        """See :class:`Aggregate`."""
         self._weight += weight
         parts = [state[n] for n in self._floats]
         if self._narrow:
@@ -42,7 +65,7 @@ class WeightedMean:
                 total.add_(state[name].double(), alpha=weight)
 
     def result(self) -> State:
-        """The mean of what was added; zero if nothing was."""
+        """See :class:`Aggregate`."""
         weight = self._weight or 1.0
         mean = {}
         for name, total in self._sums.items():
@@ -52,38 +75,62 @@ class WeightedMean:
         return mean
 
 
-class CohortSums:
-    """Running means of what a cohort sends.
+class TrimmedMean(Aggregate):
+    """The mean, entry by entry, without the largest and the smallest values (arXiv:1803.01498).
+
+    The median is what is left where all others are cut. Weights do not count: a client could claim
+    any. All states are held until the end.
 
     Args:
-        like: names, shapes and dtypes of the updates.
+        like: names, shapes and dtypes of the states.
+        share: of the states, cut at either end; in [0, 0.5].
     """
 
-    def __init__(self, like: State) -> None:
-        self._updates = WeightedMean(like)
-        self._extra: WeightedMean | None = None
-        self._count = self._examples = 0
-        self._loss = 0.0
+    def __init__(self, like: State, share: float) -> None:
+        self._like = like
+        self._share = share
+        self._states: list[State] = []
 
-    def add(self, update: ClientUpdate, weight: float) -> None:
-        """Take in a client's update."""
-        self._updates.add(update.update, weight)
-        if update.extra:
-            extra = join_groups(update.extra)
-            self._extra = self._extra or WeightedMean(extra)
-            self._extra.add(extra, weight)
-        self._loss += update.train_loss * update.num_examples
-        self._examples += update.num_examples
-        self._count += 1
+    def add(self, state: State, weight: float) -> None:
+        """See :class:`Aggregate`."""
+        self._states.append(state)
 
-    def mean(self, population: int) -> CohortMean:
-        """The means, and the share of the population that they are of."""
-        extra = split_groups(self._extra.result()) if self._extra else {}
-        return CohortMean(self._updates.result(), extra, self._count / population)
+    def result(self) -> State:
+        """See :class:`Aggregate`."""
+        count = len(self._states)
+        cut = min(int(self._share * count + 1e-9), (count - 1) // 2)
+        mean = {}
+        for name, like in self._like.items():
+            if not count:
+                mean[name] = torch.zeros_like(like)
+                continue
+            values = torch.stack([s[name].to(_sum_dtype(like)) for s in self._states])
+            middle = values.sort(0).values[cut : count - cut].mean(0)
+            mean[name] = (middle if like.is_floating_point() else middle.round()).to(like.dtype)
+        return mean
 
-    def loss(self) -> float | None:
-        """Mean over all examples; None if no client reported."""
-        return self._loss / self._examples if self._examples else None
+
+def aggregate_from_name(name: str) -> Callable[[State], Aggregate]:
+    """The aggregate of a name: ``mean``, ``median`` or ``trimmed_mean:SHARE``.
+
+    Raises:
+        ArgumentsError: there is none of this name.
+    """
+    kind, _, value = name.partition(":")
+    if name == "mean":
+        return WeightedMean
+    if name == "median":
+        return functools.partial(TrimmedMean, share=0.5)
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if kind != "trimmed_mean" or not 0 <= share < 0.5:
+        raise ArgumentsError(
+            f"aggregation must be mean, median or trimmed_mean:SHARE with a share in [0, 0.5), got "
+            f"{name!r}"
+        )
+    return functools.partial(TrimmedMean, share=share)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

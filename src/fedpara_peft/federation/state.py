@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from ..comm.errors import Refusal
+from ..comm.payload import PayloadSize
 from ..comm.state import State
 
 
@@ -17,12 +19,14 @@ class ServerState:
         params: the global state w_t.
         optimizer: what the strategy's server step keeps, by name.
         buffers: names of the entries of ``params`` that are buffers, not parameters.
+        residual: what the downlink's codec has lost so far, with error feedback.
     """
 
     round: int
     params: State
     optimizer: Mapping[str, State] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
+    residual: State = field(default_factory=dict)
 
     def restricted(self, names: Collection[str]) -> ServerState:
         """The part of the server that a round with these names works on."""
@@ -66,13 +70,15 @@ class ClientState:
     Attributes:
         local: its tensors of local scope.
         strategy: what the strategy keeps for it, by name.
+        residual: what the uplink's codec has lost so far, with error feedback.
     """
 
     local: State = field(default_factory=dict)
     strategy: Mapping[str, State] = field(default_factory=dict)
+    residual: State = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.local or self.strategy)
+        return bool(self.local or self.strategy or self.residual)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,40 @@ class ClientUpdate:
     update: State
     train_loss: float
     extra: Mapping[str, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A client whose update is not used.
+
+    Attributes:
+        client: client index i.
+        reason: which check refused it.
+        message: what was found, and what helps.
+    """
+
+    client: int
+    reason: Refusal
+    message: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a client's turn ended.
+
+    Attributes:
+        client: client index i.
+        size: length of what it sent; None if it sent nothing.
+        update: what the server uses of it.
+        refused: why it uses nothing.
+        keeps_state: whether a new state of the client was stored.
+    """
+
+    client: int
+    size: PayloadSize | None = None
+    update: ClientUpdate | None = None
+    refused: Refused | None = None
+    keeps_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +157,7 @@ class RoundReport:
         round: round number, counted from 1.
         cohort: the sampled clients.
         dropped: those of them that did not report.
+        refused: those whose update was not used, each with the reason.
         train_loss: mean over the clients that reported, by examples; None if none did.
         metrics: evaluation after the round, of the global model (``eval_…``) and over the clients'
             own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``); empty
@@ -139,5 +180,7 @@ class RoundReport:
     header_bytes: int
     seconds: float
     dropped: tuple[int, ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
     client_metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     averaging_bias: float | None = None
+    epsilon: float | None = None

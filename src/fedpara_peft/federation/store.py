@@ -124,14 +124,16 @@ class DiskStore(ClientStore):
 
     def _read(self, client: int, version: int) -> ClientState:
         groups = split_groups(load_file(self._path(client, version)))
-        local = groups.pop("local", {})
-        return ClientState(local, groups)
+        local, residual = groups.pop("local", {}), groups.pop("residual", {})
+        strategy = {name.removeprefix("strategy."): state for name, state in groups.items()}
+        return ClientState(local, strategy, residual)
 
     def _write(self, client: int, version: int, state: ClientState) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(client, version)
         partial = path.with_name(f".{path.name}")
-        tensors = join_groups({"local": state.local, **state.strategy})
+        strategy = {f"strategy.{name}": kept for name, kept in state.strategy.items()}
+        tensors = join_groups({"local": state.local, "residual": state.residual, **strategy})
         save_file({n: t.contiguous() for n, t in tensors.items()}, partial)
         os.replace(partial, path)
         self._unsynced.append(path)

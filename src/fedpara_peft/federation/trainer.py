@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import logging
 import os
 import time
@@ -18,14 +17,17 @@ from safetensors.torch import save_model
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..comm.ledger import Direction, Ledger
-from ..comm.payload import PayloadSize, schema_of, size_of
-from ..comm.state import State, join_groups
+from ..comm.errors import PayloadError
+from ..comm.ledger import Ledger
+from ..comm.schema import digest, schema_of
+from ..comm.state import State
 from ..tuner.layer import FedParaLayer
+from .admission import checked, require_quorum
 from .arguments import FederatedArguments
 from .averaging import AveragingBias
 from .batches import Collator
 from .callbacks import FederatedCallback
+from .channel import Channel, wire_state
 from .checkpoint import (
     Checkpoint,
     checkpoints,
@@ -35,24 +37,20 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .client import LocalTrainer, LossFunction
+from .cohort import Cohort
 from .errors import ArgumentsError, ResumeError
 from .evaluation import Evaluator, Metrics, over_clients
-from .exchange import agree, everyones
+from .exchange import everyones
 from .history import History
 from .loss import default_loss
-from .mean import CohortSums
+from .mean import aggregate_from_name
 from .population import Population
+from .privacy import GaussianMechanism
 from .sampling import drop_outs, sample_cohort, share_out
 from .schedule import factor_blocks, resting_factors
-from .state import (
-    Broadcast,
-    ClientUpdate,
-    RoundReport,
-    ServerState,
-)
+from .state import Broadcast, ClientUpdate, Outcome, Refused, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
-from .strategies.base import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +130,9 @@ class FederatedTrainer:
         self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
         self._store = self._new_store()
         self._saved: list[int] = []
-        self._wire_sizes: dict[tuple[str, frozenset[str]], PayloadSize] = {}
+        self._channel = Channel(args)
+        self._aggregate = aggregate_from_name(args.aggregation)
+        self._privacy = self._mechanism() if args.dp_noise_multiplier else None
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> History:
         """Run all rounds; the model holds the global state afterwards.
@@ -251,34 +251,36 @@ class FederatedTrainer:
         reporting = [client for client in cohort if client not in dropped]
         resting = resting_factors(self._products, number)
         part = server.restricted(server.params.keys() - resting)
-        broadcast = Broadcast(server.params, self.strategy.broadcast(part))
+        broadcast, server, size = self._channel.downlink(server, self.strategy.broadcast(part))
         for client in cohort:
-            self._record(number, client, "downlink", broadcast.params, broadcast.extra)
+            self.ledger.record(number + 1, client, "downlink", size)
         bias = None
         if args.report_averaging_bias:
             bias = AveragingBias(self.model, self._local.shared, server.params)
         self._local.rest(resting)
-        sums = CohortSums(part.params)
-        for update in self._updates(reporting, number, broadcast, resting):
-            self._record(number, update.client, "uplink", update.update, update.extra)
-            weight = self._weight(update)
-            sums.add(update, weight)
-            if bias is not None:
-                bias.add(update.update, weight)
+        sent = Cohort(part.params, self._aggregate)
+        for outcome in self._outcomes(reporting, number, broadcast, resting):
+            self._take_in(outcome, sent, number, bias)
         self._local.rest(())
-        mean = sums.mean(len(self.population))
-        stepped = self.strategy.server_step(part, mean) if reporting else part
+        require_quorum(sent.count, sent.refused, len(cohort), args.quorum)
+        mean = sent.mean(len(self.population))
+        if self._privacy is not None and sent.count:
+            noisy = self._privacy.add_noise(mean.update, sent.count, number)
+            mean = dataclasses.replace(mean, update=noisy)
+        stepped = self.strategy.server_step(part, mean) if sent.count else part
         server = server.updated(dataclasses.replace(stepped, round=number + 1))
         report = RoundReport(
             round=server.round,
             cohort=tuple(cohort),
             dropped=tuple(dropped),
-            train_loss=sums.loss(),
+            refused=tuple((refused.client, refused.reason) for refused in sent.refused),
+            train_loss=sent.train_loss,
             metrics={},
             uplink_bytes=self.ledger.total_bytes(server.round, "uplink"),
             downlink_bytes=self.ledger.total_bytes(server.round, "downlink"),
             header_bytes=self.ledger.header_bytes(server.round),
             averaging_bias=None if bias is None else bias.result(mean.update),
+            epsilon=None if self._privacy is None else self._privacy.epsilon(server.round),
             seconds=time.perf_counter() - start,
         )
         self._local.load(server.params)
@@ -286,50 +288,62 @@ class FederatedTrainer:
             report = self._evaluated(server, report)
         return server, report
 
-    def _updates(
+    def _outcomes(
         self, clients: list[int], number: int, broadcast: Broadcast, resting: Collection[str]
-    ) -> Iterator[ClientUpdate]:
-        """Train clients; their updates in client order, on every process."""
+    ) -> Iterator[Outcome]:
+        """Train clients; how each fared, in client order, on every process."""
         if self.accelerator.num_processes == 1:
             yield from (self._turn(c, number, broadcast, resting) for c in clients)
             return
         owners = share_out(clients, self.population.num_examples, self.accelerator.num_processes)
-        here = self.accelerator.process_index
-        mine, keeping, failure = {}, list[int](), None
+        mine, failure = {}, None
         try:
-            for client in (c for c in clients if owners[c] == here):
-                mine[client] = self._turn(client, number, broadcast, resting)
-            keeping = [c for c in mine if self._store.has(c, number + 1)]
+            for client in clients:
+                if owners[client] == self.accelerator.process_index:
+                    mine[client] = self._turn(client, number, broadcast, resting)
         except Exception as error:
             failure = error
-        for client in agree(failure, keeping):
-            self._store.note(client, number + 1)
-        if clients:
-            yield from everyones(self.accelerator, mine, owners)
+        for outcome in everyones(self.accelerator, mine, failure, owners):
+            if outcome.keeps_state:
+                self._store.note(outcome.client, number + 1)
+            yield outcome
 
     def _turn(
         self, client: int, number: int, broadcast: Broadcast, resting: Collection[str]
-    ) -> ClientUpdate:
-        state = self._store.get(client)
-        update, state = self._local.train(
-            client, self.population.train[client], number, broadcast, state, resting
-        )
+    ) -> Outcome:
+        """Train a client and take what it sends through the channel."""
+        state, size = self._store.get(client), None
+        try:
+            update, state = self._local.train(
+                client, self.population.train[client], number, broadcast, state, resting
+            )
+            size = self._channel.size("uplink", update.update, update.extra)
+            update, state = self._channel.uplink(update, state, number)
+            update = checked(update, self.args)
+        except PayloadError as error:
+            return Outcome(client, size, refused=Refused(client, error.reason, str(error)))
         if state:
             self._store.put(client, number + 1, state)
-        return update
+        return Outcome(client, size, update, keeps_state=bool(state))
+
+    def _take_in(
+        self, outcome: Outcome, sent: Cohort, number: int, bias: AveragingBias | None
+    ) -> None:
+        if outcome.size is not None:
+            self.ledger.record(number + 1, outcome.client, "uplink", outcome.size)
+        if outcome.refused is not None:
+            logger.warning("round %d: %s", number + 1, outcome.refused.message)
+            sent.refused.append(outcome.refused)
+        elif outcome.update is not None:
+            weight = self._weight(outcome.update)
+            sent.add(outcome.update, weight)
+            if bias is not None:
+                bias.add(outcome.update.update, weight)
 
     def _weight(self, update: ClientUpdate) -> float:
-        uniform = self.strategy.weighting == "uniform" or self.args.client_sampling == "weighted"
-        return 1.0 if uniform else float(update.num_examples)
-
-    def _record(
-        self, number: int, client: int, direction: Direction, state: State, extra: Kept
-    ) -> None:
-        """Charge what an encoded payload would be long; the same for all of a schema."""
-        key = (direction, frozenset(state))
-        if key not in self._wire_sizes:
-            self._wire_sizes[key] = size_of(schema_of({**state, **join_groups(extra)}))
-        self.ledger.record(number + 1, client, direction, self._wire_sizes[key])
+        args = self.args
+        uniform = self.strategy.weighting == "uniform" or args.client_sampling == "weighted"
+        return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
 
     def _evaluated(self, server: ServerState, report: RoundReport) -> RoundReport:
         metrics: dict[str, float] = {}
@@ -428,13 +442,11 @@ class FederatedTrainer:
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""
         args, strategy = dataclasses.asdict(self.args).items(), vars(self.strategy)
-        schema = {n: (tuple(t.shape), str(t.dtype)) for n, t in _everything(self._local).items()}
-        digest = hashlib.blake2b(repr(sorted(schema.items())).encode(), digest_size=8).hexdigest()
         return {
             **{name: value for name, value in args if name not in _FREE},
             "strategy": [type(self.strategy).__name__, {n: repr(v) for n, v in strategy.items()}],
             "clients": [len(self.population), sum(self.population.num_examples)],
-            "model": digest,
+            "model": digest(schema_of(_everything(self._local))),
         }
 
     def _new_store(self) -> ClientStore:
@@ -458,6 +470,12 @@ class FederatedTrainer:
 
     def _due(self, every: int, round: int) -> bool:
         return every > 0 and (round % every == 0 or round == self.args.num_rounds)
+
+    def _mechanism(self) -> GaussianMechanism:
+        start = ServerState(0, dict(self._local.shared), buffers=self._local.buffers)
+        beside = wire_state({}, self.strategy.broadcast(start))
+        names = sorted({*self._local.buffers, *beside})
+        return GaussianMechanism(self.args, len(self.population), self._cohort_size, names)
 
     def _init_trackers(self) -> None:
         if self.args.report_to is not None:
@@ -496,6 +514,7 @@ def _on(server: ServerState, like: State) -> ServerState:
         return {name: tensor.to(like[name].device) for name, tensor in state.items()}
 
     optimizer = {group: placed(state) for group, state in server.optimizer.items()}
+    # The residual stays in main memory, where payloads are made.
     return dataclasses.replace(server, params=placed(server.params), optimizer=optimizer)
 
 

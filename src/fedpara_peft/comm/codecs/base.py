@@ -1,0 +1,139 @@
+"""What a codec is, and codecs one after the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from ..schema import Schema, TensorSchema
+from ..state import State
+
+
+class Codec(ABC):
+    """A map from states to states that are shorter to send, and back.
+
+    A codec transforms floating-point tensors; integers (counters of norm layers) pass through. What
+    it sends has a length that follows from the schema alone.
+    """
+
+    @property
+    def dense(self) -> bool:
+        """Whether every entry survives in some form; else it suits updates but not weights."""
+        return True
+
+    @abstractmethod
+    def wire(self, name: str, entry: TensorSchema) -> Schema:
+        """The tensors that a floating-point tensor is sent as, names starting with its own."""
+
+    @abstractmethod
+    def encode(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> State:
+        """Make them.
+
+        Args:
+            name: the tensor's.
+            tensor: on the CPU.
+            generator: for stochastic codecs; derived from round and client.
+        """
+
+    @abstractmethod
+    def decode(self, name: str, wire: State, entry: TensorSchema) -> torch.Tensor:
+        """The inverse, as far as there is one.
+
+        Raises:
+            PayloadError: what arrived cannot have been made by :meth:`encode`.
+        """
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+    # Whole states.
+
+    def wire_schema(self, schema: Schema) -> Schema:
+        """The schema of what is sent for states of a schema."""
+        found: Schema = {}
+        for name, entry in schema.items():
+            found.update(self.wire(name, entry) if entry.is_float else {name: entry})
+        return found
+
+    def encode_state(self, state: State, generator: torch.Generator) -> State:
+        """Encode every tensor, in the state's order."""
+        found: State = {}
+        for name, tensor in state.items():
+            floats = tensor.is_floating_point()
+            found.update(self.encode(name, tensor, generator) if floats else {name: tensor})
+        return found
+
+    def decode_state(self, wire: State, schema: Schema) -> State:
+        """Decode every tensor."""
+        found: State = {}
+        for name, entry in schema.items():
+            if entry.is_float:
+                part = {n: wire[n] for n in self.wire(name, entry)}
+                found[name] = self.decode(name, part, entry)
+            else:
+                found[name] = wire[name]
+        return found
+
+
+@dataclass(frozen=True)
+class Identity(Codec):
+    """Tensors as they are."""
+
+    def wire(self, name: str, entry: TensorSchema) -> Schema:
+        """See :class:`Codec`."""
+        return {name: entry}
+
+    def encode(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> State:
+        """See :class:`Codec`."""
+        return {name: tensor}
+
+    def decode(self, name: str, wire: State, entry: TensorSchema) -> torch.Tensor:
+        """See :class:`Codec`."""
+        return wire[name]
+
+    def __str__(self) -> str:
+        return "identity"
+
+
+class Chain(Codec):
+    """Codecs one after the other: each transforms what the one before it sends.
+
+    Args:
+        codecs: at least one.
+    """
+
+    def __init__(self, *codecs: Codec) -> None:
+        self.codecs = codecs
+
+    @property
+    def dense(self) -> bool:
+        """See :class:`Codec`."""
+        return all(codec.dense for codec in self.codecs)
+
+    def wire(self, name: str, entry: TensorSchema) -> Schema:
+        """See :class:`Codec`."""
+        schema: Schema = {name: entry}
+        for codec in self.codecs:
+            schema = codec.wire_schema(schema)
+        return schema
+
+    def encode(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> State:
+        """See :class:`Codec`."""
+        state: State = {name: tensor}
+        for codec in self.codecs:
+            state = codec.encode_state(state, generator)
+        return state
+
+    def decode(self, name: str, wire: State, entry: TensorSchema) -> torch.Tensor:
+        """See :class:`Codec`."""
+        schemas: list[Schema] = [{name: entry}]
+        for codec in self.codecs:
+            schemas.append(codec.wire_schema(schemas[-1]))
+        for codec, schema in zip(reversed(self.codecs), reversed(schemas[:-1]), strict=True):
+            wire = codec.decode_state(wire, schema)
+        return wire[name]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.codecs))

@@ -1,0 +1,77 @@
+"""Uniform stochastic quantization, as FedPAQ uploads it (Reisizadeh et al., arXiv:1909.13014)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import PayloadError
+from ..schema import Schema, TensorSchema
+from ..state import State
+from .base import Codec
+
+
+@dataclass(frozen=True)
+class Quantize(Codec):
+    """Integers of a few bits and one scale a tensor, unbiased.
+
+        q = ⌊s x / c + u⌋,   x̂ = c q / s,   c = max |x|,   s = 2^(bits - 1) - 1,   u ~ U[0, 1)
+        E x̂ = x,   |x̂ - x| ≤ c / s
+
+    Attributes:
+        bits: 8, or 4 (two to a byte).
+    """
+
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        """S."""
+        return 2 ** (self.bits - 1) - 1
+
+    def wire(self, name: str, entry: TensorSchema) -> Schema:
+        """See :class:`Codec`."""
+        num_bytes = -(-entry.numel * self.bits // 8)
+        return {
+            name: TensorSchema((num_bytes,), torch.uint8),
+            f"{name}.c": TensorSchema((), torch.float32),
+        }
+
+    def encode(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> State:
+        """See :class:`Codec`."""
+        wide = tensor.reshape(-1).double()
+        c = (wide.abs().max() if wide.numel() else wide.sum()).float()
+        # Rounded up where float32 is too coarse, so that no value is beyond the last level.
+        if c.double() < (wide.abs().max() if wide.numel() else 0):
+            c = torch.nextafter(c, torch.tensor(torch.inf))
+        q = torch.zeros_like(wide)
+        if c > 0:
+            u = torch.rand(wide.shape, generator=generator, dtype=torch.float64)
+            q = (wide / c.double() * self.levels + u).floor()
+        codes = (q.clamp(-self.levels, self.levels) + self.levels).to(torch.uint8)
+        return {name: _packed(codes) if self.bits == 4 else codes, f"{name}.c": c}
+
+    def decode(self, name: str, wire: State, entry: TensorSchema) -> torch.Tensor:
+        """See :class:`Codec`."""
+        codes, c = wire[name], wire[f"{name}.c"]
+        if self.bits == 4:
+            codes = _unpacked(codes, entry.numel)
+        if c < 0 or bool((codes > 2 * self.levels).any()):
+            raise PayloadError("malformed", f"{name} holds codes beyond the last of int{self.bits}")
+        values = (codes.double() - self.levels) * (c.double() / self.levels)
+        return values.to(entry.dtype).reshape(entry.shape)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}"
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes to a byte, the first in the low half."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    return codes[0::2] | (codes[1::2] << 4)
+
+
+def _unpacked(data: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.stack([data & 15, data >> 4], 1).reshape(-1)[:count]
