@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import RankError
+from .matmul import matmul
 from .rank import ParameterizationName
 
 Nonlinearity = Literal["tanh"] | None
@@ -60,13 +61,14 @@ def compose_half(half: Half) -> Tensor:
     x, y, t = half
     _check(half)
     if t is None:
-        return x @ y.T
+        return matmul(x, y.T)
     # Y goes in first and only that small result is permuted: X @ V then comes out contiguous in the
     # convolution's own layout, which costs it less than any strided product would.
     r, kernel = t.shape[0], t.shape[2:]
-    v = t.reshape(r, r, -1).transpose(1, 2).reshape(-1, r) @ y.T  # (r·K, N)
+    v = t.reshape(r, r, -1).transpose(1, 2).reshape(-1, r)  # (r·K, r)
+    v = matmul(v, y.T)
     v = v.view(r, -1, y.shape[0]).transpose(1, 2).reshape(r, -1)  # (r, N·K)
-    return (x @ v).view(x.shape[0], y.shape[0], *kernel)
+    return matmul(x, v).view(x.shape[0], y.shape[0], *kernel)
 
 
 def compose(
