@@ -50,7 +50,7 @@ class PersonalArguments:
     )
     num_clients: int = field(default=10, metadata={"help": "Clients."})
     examples_per_client: int = field(default=600, metadata={"help": "At most so many, a client."})
-    gamma: float = field(default=0.5, metadata={"help": "pFedPara's rank ratio."})
+    gamma: float = field(default=0.2, metadata={"help": "pFedPara's rank ratio."})
     smoke: bool = field(default=False, metadata={"help": "scikit-learn's digits, three rounds."})
 
 
