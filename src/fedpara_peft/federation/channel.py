@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..comm.codecs import Identity, codec_from_name
 from ..comm.errors import CodecError
 from ..comm.feedback import encode_with_feedback
 from ..comm.ledger import Direction
-from ..comm.payload import Format, PayloadSize
+from ..comm.payload import Format, Payload, PayloadSize
 from ..comm.schema import schema_of
 from ..comm.state import State
 from .arguments import FederatedArguments
 from .random import torch_generator
 from .state import Broadcast, ClientState, ClientUpdate, ServerState
+from .strategies import LocalSteps, Strategy
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A broadcast on its way.
+
+    Attributes:
+        broadcast: what the clients receive.
+        server: the server with its new residual.
+        size: the payload's length.
+        payload: the payload, where one was made.
+    """
+
+    broadcast: Broadcast
+    server: ServerState
+    size: PayloadSize
+    payload: Payload | None
 
 
 class Channel:
     """Sends states through the codecs of a run.
 
-    With the identity codec nothing is encoded: what arrives is what was sent, and a payload's
+    With the identity codec nothing need be encoded: what arrives is what was sent, and a payload's
     length follows from its schema.
 
     Args:
@@ -44,71 +63,95 @@ class Channel:
             )
         self._formats: dict[tuple[str, frozenset[str]], Format] = {}
 
-    def format(self, direction: Direction, state: State) -> Format:
-        """The format of states with these names."""
+    @staticmethod
+    def joined(main: State, extra: Mapping[str, State]) -> State:
+        """A state and what the strategy sends beside it, as one."""
+        beside = {f"{group}/{n}": t for group, state in extra.items() for n, t in state.items()}
+        return {**main, **beside}
+
+    @staticmethod
+    def parted(
+        received: State, main: State, extra: Mapping[str, State]
+    ) -> tuple[State, dict[str, State]]:
+        """The inverse of :meth:`joined`, on the devices of what was sent."""
+        found = {n: received[n].to(t.device) for n, t in main.items()}
+        beside = {
+            group: {n: received[f"{group}/{n}"].to(t.device) for n, t in state.items()}
+            for group, state in extra.items()
+        }
+        return found, beside
+
+    def format(self, direction: Direction, main: State, extra: Mapping[str, State]) -> Format:
+        """The format of such states."""
+        state = self.joined(main, extra)
         key = (direction, frozenset(state))
         if key not in self._formats:
             self._formats[key] = Format(schema_of(state), self._codecs[direction])
         return self._formats[key]
 
-    def size(self, direction: Direction, main: State, extra: Mapping[str, State]) -> PayloadSize:
-        """The length of every payload of such a state."""
-        return self.format(direction, wire_state(main, extra)).size
-
     def downlink(
-        self, server: ServerState, extra: Mapping[str, State]
-    ) -> tuple[Broadcast, ServerState, PayloadSize]:
-        """What clients receive, the server with its new residual, and the payload's size."""
-        sent = wire_state(server.params, extra)
-        form = self.format("downlink", sent)
-        if isinstance(form.codec, Identity) or not sent:
-            return Broadcast(server.params, extra), server, form.size
+        self, server: ServerState, extra: Mapping[str, State], *, encode: bool = False
+    ) -> Sent:
+        """Send the global state and what the strategy sends beside it.
+
+        Args:
+            server: before the round.
+            extra: the strategy's.
+            encode: make the payload, also where its length would do.
+        """
+        form = self.format("downlink", server.params, extra)
+        if not form.schema or (isinstance(form.codec, Identity) and not encode):
+            return Sent(Broadcast(server.params, extra), server, form.size, None)
         generator = torch_generator(self._seed, server.round, "downlink codec")
-        residual = server.residual if self._feedback else {}
         payload, received, lost = encode_with_feedback(
-            form, sent, residual, server.round, generator
+            form,
+            self.joined(server.params, extra),
+            server.residual if self._feedback else {},
+            server.round,
+            generator,
         )
         if self._feedback:
             server = dataclasses.replace(server, residual=lost)
-        params, extra = unwired(received, server.params, extra)
-        return Broadcast(params, extra), server, payload.size
+        broadcast = Broadcast(*self.parted(received, server.params, extra))
+        return Sent(broadcast, server, payload.size, payload)
 
     def uplink(
-        self, update: ClientUpdate, state: ClientState, round: int
-    ) -> tuple[ClientUpdate, ClientState]:
-        """What the server receives, and the client's state with its new residual.
+        self, update: ClientUpdate, state: ClientState, round: int, *, encode: bool = False
+    ) -> tuple[ClientUpdate, ClientState, Payload | None]:
+        """What the server receives, the client's state with its new residual, and the payload.
+
+        Args:
+            update: a client's.
+            state: what the client keeps.
+            round: rounds completed.
+            encode: make the payload, also where its length would do.
 
         Raises:
             PayloadError: the update is not finite.
         """
-        sent = wire_state(update.update, update.extra)
-        form = self.format("uplink", sent)
-        if isinstance(form.codec, Identity) or not sent:
-            return update, state
+        form = self.format("uplink", update.update, update.extra)
+        if not form.schema or (isinstance(form.codec, Identity) and not encode):
+            return update, state, None
         generator = torch_generator(self._seed, round, update.client, "uplink codec")
         residual = state.residual if self._feedback else {}
-        _, received, lost = encode_with_feedback(form, sent, residual, round, generator)
+        sent = self.joined(update.update, update.extra)
+        payload, received, lost = encode_with_feedback(form, sent, residual, round, generator)
         if self._feedback:
             # Names that did not travel this round keep what was lost before.
             kept = {**residual, **{name: tensor.cpu() for name, tensor in lost.items()}}
             state = dataclasses.replace(state, residual=kept)
-        moved, extra = unwired(received, update.update, update.extra)
-        return dataclasses.replace(update, update=moved, extra=extra), state
+        moved, extra = self.parted(received, update.update, update.extra)
+        return dataclasses.replace(update, update=moved, extra=extra), state, payload
 
 
-def wire_state(main: State, extra: Mapping[str, State]) -> State:
-    """A state and what the strategy sends beside it, as one."""
-    beside = {f"{group}/{n}": t for group, state in extra.items() for n, t in state.items()}
-    return {**main, **beside}
+def uplink_like(strategy: Strategy, part: ServerState) -> tuple[State, dict[str, State]]:
+    """What updates of a round look like: names, shapes and dtypes, and the strategy's beside them.
 
-
-def unwired(
-    received: State, main: State, extra: Mapping[str, State]
-) -> tuple[State, dict[str, State]]:
-    """The inverse of :func:`wire_state`, on the devices of what was sent."""
-    found = {n: received[n].to(t.device) for n, t in main.items()}
-    beside = {
-        group: {n: received[f"{group}/{n}"].to(t.device) for n, t in state.items()}
-        for group, state in extra.items()
-    }
-    return found, beside
+    Args:
+        strategy: the federated optimizer.
+        part: the part of the server that changes in the round.
+    """
+    moved = {n: t for n, t in part.params.items() if n not in part.buffers}
+    seen = Broadcast(part.params, strategy.broadcast(part))
+    _, sent = strategy.next_client_state(seen, {}, moved, LocalSteps(1, 1.0))
+    return part.params, dict(sent)

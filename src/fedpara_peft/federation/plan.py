@@ -10,10 +10,10 @@ from ..comm.ledger import PAPER_MEGABITS_PER_S, energy_j, transfer_s
 from ..comm.state import communicated_state
 from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
-from .channel import Channel
+from .channel import Channel, uplink_like
 from .schedule import factor_blocks, resting_factors
-from .state import Broadcast, ServerState
-from .strategies import FedAvg, LocalSteps, Strategy
+from .state import ServerState
+from .strategies import FedAvg, Strategy
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,8 @@ def plan(
     for number in range(args.num_rounds):
         part = server.restricted(shared.keys() - resting_factors(products, number))
         beside = strategy.broadcast(part)
-        moved = {n: t for n, t in part.params.items() if n not in buffers}
-        seen = Broadcast(part.params, beside)
-        _, sent = strategy.next_client_state(seen, {}, moved, LocalSteps(1, args.learning_rate))
-        down.append(len(channel.size("downlink", shared, beside)))
-        up.append(len(channel.size("uplink", part.params, sent)))
+        down.append(len(channel.format("downlink", shared, beside).size))
+        up.append(len(channel.format("uplink", *uplink_like(strategy, part)).size))
     return Plan(
         num_clients=num_clients,
         cohort_size=cohort,

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from ..comm.ledger import Ledger
 from ..comm.schema import digest, schema_of
 from ..comm.state import State
 from ..tuner.layer import FedParaLayer
-from .admission import checked, require_quorum
 from .arguments import FederatedArguments
 from .averaging import AveragingBias
 from .batches import Collator
 from .callbacks import FederatedCallback
-from .channel import Channel, wire_state
+from .channel import Channel
 from .checkpoint import (
     Checkpoint,
     checkpoints,
@@ -37,18 +36,16 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .client import LocalTrainer, LossFunction
-from .cohort import Cohort
 from .errors import ArgumentsError, ResumeError
 from .evaluation import Evaluator, Metrics, over_clients
 from .exchange import everyones
 from .history import History
 from .loss import default_loss
-from .mean import aggregate_from_name
 from .population import Population
-from .privacy import GaussianMechanism
-from .sampling import drop_outs, sample_cohort, share_out
-from .schedule import factor_blocks, resting_factors
-from .state import Broadcast, ClientUpdate, Outcome, Refused, RoundReport, ServerState
+from .sampling import share_out
+from .schedule import factor_blocks
+from .server import OpenRound, RoundServer
+from .state import Outcome, Refused, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
 
@@ -119,7 +116,6 @@ class FederatedTrainer:
         self.callbacks = list(callbacks or ())
         self.history = History()
         self.ledger = Ledger()
-        self._cohort_size = args.cohort_size(len(self.population))
         loss = compute_loss or default_loss
         self._local = LocalTrainer(
             self.model, args, self.accelerator, self.strategy, loss, data_collator
@@ -127,12 +123,17 @@ class FederatedTrainer:
         self._evaluator = Evaluator(
             self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator
         )
-        self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
         self._store = self._new_store()
         self._saved: list[int] = []
         self._channel = Channel(args)
-        self._aggregate = aggregate_from_name(args.aggregation)
-        self._privacy = self._mechanism() if args.dp_noise_multiplier else None
+        self._server = RoundServer(
+            args,
+            self.strategy,
+            self._channel,
+            self.population.num_examples,
+            ServerState(0, self._local.shared, buffers=self._local.buffers),
+            factor_blocks(model) if args.factor_schedule == "one_block" else [],
+        )
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> History:
         """Run all rounds; the model holds the global state afterwards.
@@ -243,107 +244,78 @@ class FederatedTrainer:
 
     def _round(self, server: ServerState) -> tuple[ServerState, RoundReport]:
         start = time.perf_counter()
-        args, number = self.args, server.round
-        cohort = sample_cohort(
-            self.population.num_examples, self._cohort_size, args.seed, number, args.client_sampling
-        )
-        dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
-        reporting = [client for client in cohort if client not in dropped]
-        resting = resting_factors(self._products, number)
-        part = server.restricted(server.params.keys() - resting)
-        broadcast, server, size = self._channel.downlink(server, self.strategy.broadcast(part))
-        for client in cohort:
-            self.ledger.record(number + 1, client, "downlink", size)
+        opened = self._server.open(server)
+        for client in opened.cohort:
+            self.ledger.record(server.round + 1, client, "downlink", opened.size)
         bias = None
-        if args.report_averaging_bias:
+        if self.args.report_averaging_bias:
             bias = AveragingBias(self.model, self._local.shared, server.params)
-        self._local.rest(resting)
-        sent = Cohort(part.params, self._aggregate)
-        for outcome in self._outcomes(reporting, number, broadcast, resting):
-            self._take_in(outcome, sent, number, bias)
+        self._local.rest(opened.resting)
+        for outcome in self._outcomes(opened):
+            if outcome.size is not None:
+                self.ledger.record(server.round + 1, outcome.client, "uplink", outcome.size)
+            if outcome.refused is not None:
+                self._server.refuse(opened, outcome.refused)
+            elif outcome.update is not None:
+                self._server.take_in(opened, outcome.update)
+                if bias is not None:
+                    bias.add(outcome.update.update, self._server.weight(outcome.update))
         self._local.rest(())
-        require_quorum(sent.count, sent.refused, len(cohort), args.quorum)
-        mean = sent.mean(len(self.population))
-        if self._privacy is not None and sent.count:
-            noisy = self._privacy.add_noise(mean.update, sent.count, number)
-            mean = dataclasses.replace(mean, update=noisy)
-        stepped = self.strategy.server_step(part, mean) if sent.count else part
-        server = server.updated(dataclasses.replace(stepped, round=number + 1))
+        server, mean = self._server.close(opened)
         report = RoundReport(
             round=server.round,
-            cohort=tuple(cohort),
-            dropped=tuple(dropped),
-            refused=tuple((refused.client, refused.reason) for refused in sent.refused),
-            train_loss=sent.train_loss,
+            cohort=opened.cohort,
+            dropped=opened.dropped,
+            refused=tuple((r.client, r.reason) for r in opened.updates.refused),
+            train_loss=opened.updates.train_loss,
             metrics={},
             uplink_bytes=self.ledger.total_bytes(server.round, "uplink"),
             downlink_bytes=self.ledger.total_bytes(server.round, "downlink"),
             header_bytes=self.ledger.header_bytes(server.round),
             averaging_bias=None if bias is None else bias.result(mean.update),
-            epsilon=None if self._privacy is None else self._privacy.epsilon(server.round),
+            epsilon=self._server.epsilon(server.round),
             seconds=time.perf_counter() - start,
         )
         self._local.load(server.params)
-        if self._due(args.eval_every, server.round):
+        if self._due(self.args.eval_every, server.round):
             report = self._evaluated(server, report)
         return server, report
 
-    def _outcomes(
-        self, clients: list[int], number: int, broadcast: Broadcast, resting: Collection[str]
-    ) -> Iterator[Outcome]:
-        """Train clients; how each fared, in client order, on every process."""
+    def _outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
+        """Train the clients; how each fared, in client order, on every process."""
+        clients = opened.reporting
         if self.accelerator.num_processes == 1:
-            yield from (self._turn(c, number, broadcast, resting) for c in clients)
+            yield from (self._turn(client, opened) for client in clients)
             return
         owners = share_out(clients, self.population.num_examples, self.accelerator.num_processes)
         mine, failure = {}, None
         try:
             for client in clients:
                 if owners[client] == self.accelerator.process_index:
-                    mine[client] = self._turn(client, number, broadcast, resting)
+                    mine[client] = self._turn(client, opened)
         except Exception as error:
             failure = error
         for outcome in everyones(self.accelerator, mine, failure, owners):
             if outcome.keeps_state:
-                self._store.note(outcome.client, number + 1)
+                self._store.note(outcome.client, opened.number + 1)
             yield outcome
 
-    def _turn(
-        self, client: int, number: int, broadcast: Broadcast, resting: Collection[str]
-    ) -> Outcome:
+    def _turn(self, client: int, opened: OpenRound) -> Outcome:
         """Train a client and take what it sends through the channel."""
-        state, size = self._store.get(client), None
+        number, size, state = opened.number, None, self._store.get(client)
         try:
+            data = self.population.train[client]
             update, state = self._local.train(
-                client, self.population.train[client], number, broadcast, state, resting
+                client, data, number, opened.broadcast, state, opened.resting
             )
-            size = self._channel.size("uplink", update.update, update.extra)
-            update, state = self._channel.uplink(update, state, number)
-            update = checked(update, self.args)
+            size = self._channel.format("uplink", update.update, update.extra).size
+            update, state, _ = self._channel.uplink(update, state, number)
+            update = self._server.checked(update)
         except PayloadError as error:
             return Outcome(client, size, refused=Refused(client, error.reason, str(error)))
         if state:
             self._store.put(client, number + 1, state)
         return Outcome(client, size, update, keeps_state=bool(state))
-
-    def _take_in(
-        self, outcome: Outcome, sent: Cohort, number: int, bias: AveragingBias | None
-    ) -> None:
-        if outcome.size is not None:
-            self.ledger.record(number + 1, outcome.client, "uplink", outcome.size)
-        if outcome.refused is not None:
-            logger.warning("round %d: %s", number + 1, outcome.refused.message)
-            sent.refused.append(outcome.refused)
-        elif outcome.update is not None:
-            weight = self._weight(outcome.update)
-            sent.add(outcome.update, weight)
-            if bias is not None:
-                bias.add(outcome.update.update, weight)
-
-    def _weight(self, update: ClientUpdate) -> float:
-        args = self.args
-        uniform = self.strategy.weighting == "uniform" or args.client_sampling == "weighted"
-        return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
 
     def _evaluated(self, server: ServerState, report: RoundReport) -> RoundReport:
         metrics: dict[str, float] = {}
@@ -470,12 +442,6 @@ class FederatedTrainer:
 
     def _due(self, every: int, round: int) -> bool:
         return every > 0 and (round % every == 0 or round == self.args.num_rounds)
-
-    def _mechanism(self) -> GaussianMechanism:
-        start = ServerState(0, dict(self._local.shared), buffers=self._local.buffers)
-        beside = wire_state({}, self.strategy.broadcast(start))
-        names = sorted({*self._local.buffers, *beside})
-        return GaussianMechanism(self.args, len(self.population), self._cohort_size, names)
 
     def _init_trackers(self) -> None:
         if self.args.report_to is not None:

@@ -1,0 +1,166 @@
+"""The server's half of a round, wherever its clients are."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..comm.payload import Payload, PayloadSize
+from .admission import checked, require_quorum
+from .arguments import FederatedArguments
+from .channel import Channel
+from .cohort import Cohort
+from .mean import aggregate_from_name
+from .privacy import GaussianMechanism
+from .sampling import drop_outs, sample_cohort
+from .schedule import resting_factors
+from .state import Broadcast, ClientUpdate, CohortMean, Refused, ServerState
+from .strategies import Strategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round that has been announced and not yet closed.
+
+    Attributes:
+        number: rounds completed before it.
+        cohort: the sampled clients.
+        dropped: those of them that will not report, in a simulation.
+        resting: parameters that do not change in it.
+        server: the server, with the downlink's new residual.
+        part: the part of it that changes.
+        broadcast: what the clients receive.
+        size: length of its payload.
+        payload: the payload itself, where one was asked for.
+        updates: what has been taken in so far.
+    """
+
+    number: int
+    cohort: tuple[int, ...]
+    dropped: tuple[int, ...]
+    resting: frozenset[str]
+    server: ServerState
+    part: ServerState
+    broadcast: Broadcast
+    size: PayloadSize
+    payload: Payload | None
+    updates: Cohort
+
+    @property
+    def reporting(self) -> list[int]:
+        """The clients that train."""
+        return [client for client in self.cohort if client not in self.dropped]
+
+
+class RoundServer:
+    """Samples, broadcasts, takes updates in and steps.
+
+    Args:
+        args: the run's settings.
+        strategy: the federated optimizer.
+        channel: codecs and lengths.
+        num_examples: of every client of the population.
+        start: the state before the first round.
+        products: the model's factor blocks, where they take turns.
+
+    Raises:
+        ArgumentsError: the arguments do not fit the clients or the model.
+    """
+
+    def __init__(
+        self,
+        args: FederatedArguments,
+        strategy: Strategy,
+        channel: Channel,
+        num_examples: Sequence[int],
+        start: ServerState,
+        products: list[list[str]],
+    ) -> None:
+        self._args = args
+        self._strategy = strategy
+        self._channel = channel
+        self._num_examples = num_examples
+        self._products = products
+        self._cohort_size = args.cohort_size(len(num_examples))
+        self._aggregate = aggregate_from_name(args.aggregation)
+        self._privacy: GaussianMechanism | None = None
+        if args.dp_noise_multiplier:
+            beside = channel.joined({}, strategy.broadcast(start))
+            names = sorted({*start.buffers, *beside})
+            self._privacy = GaussianMechanism(args, len(num_examples), self._cohort_size, names)
+
+    def open(self, server: ServerState, *, encode: bool = False) -> OpenRound:
+        """Sample a cohort and make what it receives.
+
+        Args:
+            server: between two rounds.
+            encode: whether the payload is needed, not its length alone.
+        """
+        args, number = self._args, server.round
+        cohort = sample_cohort(
+            self._num_examples, self._cohort_size, args.seed, number, args.client_sampling
+        )
+        dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
+        resting = frozenset(resting_factors(self._products, number))
+        part = server.restricted(server.params.keys() - resting)
+        sent = self._channel.downlink(server, self._strategy.broadcast(part), encode=encode)
+        return OpenRound(
+            number=number,
+            cohort=tuple(cohort),
+            dropped=tuple(dropped),
+            resting=resting,
+            server=sent.server,
+            part=part,
+            broadcast=sent.broadcast,
+            size=sent.size,
+            payload=sent.payload,
+            updates=Cohort(part.params, self._aggregate),
+        )
+
+    def checked(self, update: ClientUpdate) -> ClientUpdate:
+        """An update that may be used; see :func:`~.admission.checked`."""
+        return checked(update, self._args)
+
+    def weight(self, update: ClientUpdate) -> float:
+        """Of an update in the cohort's mean."""
+        args = self._args
+        uniform = self._strategy.weighting == "uniform" or args.client_sampling == "weighted"
+        return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
+
+    def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
+        """Use a checked update; call it in client order."""
+        opened.updates.add(update, self.weight(update))
+
+    def refuse(self, opened: OpenRound, refused: Refused) -> None:
+        """Note an update that is not used."""
+        logger.warning("round %d: %s", opened.number + 1, refused.message)
+        opened.updates.refused.append(refused)
+
+    def close(self, opened: OpenRound) -> tuple[ServerState, CohortMean]:
+        """The server after the round, and the mean it stepped by (noise left out).
+
+        Raises:
+            RoundError: too few updates can be used.
+        """
+        updates = opened.updates
+        require_quorum(updates.count, updates.refused, len(opened.cohort), self._args.quorum)
+        mean = updates.mean(len(self._num_examples))
+        stepped = opened.part
+        if updates.count:
+            stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
+        next_round = dataclasses.replace(stepped, round=opened.number + 1)
+        return opened.server.updated(next_round), mean
+
+    def epsilon(self, rounds: int) -> float | None:
+        """ε of differential privacy after so many rounds; None without noise."""
+        return None if self._privacy is None else self._privacy.epsilon(rounds)
+
+    def _noisy(self, mean: CohortMean, opened: OpenRound) -> CohortMean:
+        if self._privacy is None:
+            return mean
+        noisy = self._privacy.add_noise(mean.update, opened.updates.count, opened.number)
+        return dataclasses.replace(mean, update=noisy)
