@@ -233,3 +233,31 @@ def test_what_cannot_be_sent_or_protected_is_refused(tmp_path):
     with pytest.raises(ArgumentsError, match="control/"):
         trainer(tmp_path, None, Scaffold(), **private)
     assert aggregate_from_name("mean")({}).result() == {}
+
+
+def test_residuals_are_sent_along_the_next_time(tmp_path):
+    """Over a run, what one client meant to send is what arrived and the last residual."""
+    run = trainer(
+        tmp_path, clients_per_round=1, num_rounds=12, uplink_codec="topk:0.05",
+        error_feedback=True, learning_rate=0.02,
+    )  # fmt: skip
+    meant, arrived = {}, {}
+    uplink = run._channel.uplink
+
+    def watched(update, state, round):
+        received, state, payload = uplink(update, state, round)
+        for name, tensor in update.update.items():
+            key = (update.client, name)
+            meant[key] = meant.get(key, 0) + tensor.double()
+            arrived[key] = arrived.get(key, 0) + received.update[name].double()
+        return received, state, payload
+
+    run._channel.uplink = watched
+    history = run.train()
+    rounds = [r.cohort[0] for r in history]
+    assert max(rounds.count(c) for c in rounds) > 2
+    for (client, name), total in meant.items():
+        residual = run._store.get(client).residual[name]
+        torch.testing.assert_close(
+            (arrived[client, name] + residual).float(), total.float(), atol=1e-5, rtol=1e-4
+        )

@@ -10,6 +10,7 @@ _CHOICES = {
     "client_sampling": ("uniform", "weighted"),
     "factor_schedule": ("all", "one_block"),
     "client_store": ("auto", "memory", "disk"),
+    "engine": ("auto", "sequential", "batched"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
 }
 
@@ -109,6 +110,14 @@ class FederatedArguments:
     )
     dp_delta: float = field(default=1e-5, metadata={"help": "δ of the reported (ε, δ)."})
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
+    engine: str = field(
+        default="auto",
+        metadata={
+            "help": "sequential: one client after the other; batched: clients with equally many "
+            "examples side by side; auto: batched where it is known to pay.",
+            "choices": ["auto", "sequential", "batched"],
+        },
+    )
     eval_every: int = field(
         default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
     )

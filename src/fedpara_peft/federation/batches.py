@@ -28,7 +28,7 @@ def batches(
     """
     size = len(dataset)
     order = torch.randperm(size, generator=generator) if generator else torch.arange(size)
-    found = _tensors(dataset) if collator is None else None
+    found = tensors_of(dataset) if collator is None else None
     if found is not None:
         tensors, own = found
         chosen = order if own is None else own[order]
@@ -41,11 +41,11 @@ def batches(
         yield (collator or _default_collator(rows))(rows)
 
 
-def _tensors(dataset: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None] | None:
+def tensors_of(dataset: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None] | None:
     """The tensors of a data set and which of their rows are its own (None: all)."""
     if isinstance(dataset, TensorDataset):
         return dataset.tensors, None
-    if isinstance(dataset, Subset) and (found := _tensors(dataset.dataset)) is not None:
+    if isinstance(dataset, Subset) and (found := tensors_of(dataset.dataset)) is not None:
         own = torch.as_tensor(dataset.indices)
         return found[0], own if found[1] is None else found[1][own]
     return None

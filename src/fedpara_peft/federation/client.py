@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,25 @@ LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
 _FIRST_LOSS_SCALE = 2.0**16
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A client about to train.
+
+    Attributes:
+        client: client index.
+        round: rounds completed.
+        seen: the part of the broadcast that trains in this round.
+        kept: what the strategy keeps for the client.
+        correction: what the strategy adds to its gradients.
+    """
+
+    client: int
+    round: int
+    seen: Broadcast
+    kept: Mapping[str, State]
+    correction: Correction | None
+
+
 class LocalTrainer:
     """Trains clients one after the other in one model, which is never rebuilt.
 
@@ -45,6 +65,8 @@ class LocalTrainer:
         shared: the communicated tensors, live.
         local: the tensors of local scope, live.
         buffers: names in ``shared`` that are buffers.
+        first_local: the local tensors of a client that never trained.
+        parameters: the trainable parameters, live.
 
     Raises:
         ArgumentsError: the model has no trainable parameters, or none of the needed scope.
@@ -65,8 +87,8 @@ class LocalTrainer:
         self._strategy = strategy
         self._compute_loss = compute_loss
         self._collator = collator
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if not self._parameters:
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
             raise ArgumentsError(
                 "the model has no trainable parameters: load adapters with is_trainable=True"
             )
@@ -81,7 +103,7 @@ class LocalTrainer:
             )
         buffers = _buffers(model)
         self.buffers = frozenset(buffers) & self.shared.keys()
-        self._first_local = _clone(self.local)
+        self.first_local = _clone(self.local)
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
         self._first_resting = [t.clone() for t in self._resting]
@@ -93,7 +115,7 @@ class LocalTrainer:
 
     def load(self, params: State, state: ClientState | None = None) -> None:
         """Put a global state and a client's own into the model; a new client's by default."""
-        local = self._first_local if state is None else state.local
+        local = self.first_local if state is None else state.local
         with torch.no_grad():
             _copy(list(self.shared.values()), [params[n] for n in self.shared])
             _copy(list(self.local.values()), [local[n] for n in self.local])
@@ -101,7 +123,7 @@ class LocalTrainer:
 
     def rest(self, names: Collection[str]) -> None:
         """Train everything but these parameters from now on."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.requires_grad_(name not in names)
 
     def train(
@@ -129,25 +151,53 @@ class LocalTrainer:
         Raises:
             PayloadError: the loss is not finite, so there is nothing to send.
         """
+        turn = self.begin(client, round, broadcast, state, resting)
+        self.load(broadcast.params, state)
+        loss, steps = self._steps(turn, dataset)
+        here = {n: self.shared[n] for n in turn.seen.params}
+        return self.end(turn, len(dataset), loss, steps, here, _clone(self.local))
+
+    def begin(
+        self,
+        client: int,
+        round: int,
+        broadcast: Broadcast,
+        state: ClientState | None,
+        resting: Collection[str],
+    ) -> Turn:
+        """What a client trains from; arguments as in :meth:`train`."""
         kept = {} if state is None else self._placed(state.strategy)
         active = [n for n in self.shared if n not in resting]
         seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
-        self.load(broadcast.params, state)
-        loss, steps = self._steps(client, dataset, round, seen, kept)
-        update = self._update(seen.params)
+        correction = self._strategy.correction(seen, kept)
+        return Turn(client, round, seen, kept, correction)
+
+    def end(
+        self,
+        turn: Turn,
+        num_examples: int,
+        loss: float,
+        steps: LocalSteps,
+        shared: State,
+        local: State,
+    ) -> tuple[ClientUpdate, ClientState]:
+        """What a client sends and keeps, from the tensors it ended with."""
         if not math.isfinite(loss):
             raise PayloadError(
                 "diverged",
-                f"client {client} diverged in round {round + 1} (loss {loss}): lower learning_rate "
-                f"(now {self._args.learning_rate_at(round):.3g}) or set max_grad_norm",
+                f"client {turn.client} diverged in round {turn.round + 1} (loss {loss}): lower "
+                f"learning_rate (now {steps.learning_rate:.3g}) or set max_grad_norm",
             )
+        start = turn.seen.params
+        names = list(start)
+        change = _difference([shared[n] for n in names], [start[n] for n in names])
+        update = dict(zip(names, change, strict=True))
         moved = {n: t for n, t in update.items() if n not in self.buffers}
-        keeps, sends = self._strategy.next_client_state(
-            seen, {g: _only(s, active) for g, s in kept.items()}, moved, steps
-        )
-        keeps = {g: _at_rest({**kept.get(g, {}), **s}) for g, s in keeps.items()}
-        sent = ClientUpdate(client, len(dataset), update, loss, sends)
-        return sent, ClientState(_at_rest(_clone(self.local)), keeps)
+        active = {g: _only(s, names) for g, s in turn.kept.items()}
+        keeps, sends = self._strategy.next_client_state(turn.seen, active, moved, steps)
+        keeps = {g: _at_rest({**turn.kept.get(g, {}), **s}) for g, s in keeps.items()}
+        sent = ClientUpdate(turn.client, num_examples, update, loss, sends)
+        return sent, ClientState(_at_rest(local), keeps)
 
     def _placed(self, kept: Mapping[str, State]) -> dict[str, State]:
         """What a client keeps, where its tensors train."""
@@ -156,24 +206,12 @@ class LocalTrainer:
             for group, state in kept.items()
         }
 
-    def _update(self, params: State) -> State:
-        names = list(params)
-        local = [self.shared[n] for n in names]
-        return dict(zip(names, _difference(local, list(params.values())), strict=True))
-
-    def _steps(
-        self,
-        client: int,
-        dataset: Any,
-        round: int,
-        seen: Broadcast,
-        kept: Mapping[str, State],
-    ) -> tuple[float, LocalSteps]:
-        args = self._args
+    def _steps(self, turn: Turn, dataset: Any) -> tuple[float, LocalSteps]:
+        args, round, client = self._args, turn.round, turn.client
         rate = args.learning_rate_at(round)
-        trained = {n: p for n, p in self._parameters.items() if n in seen.params}
-        correct = _Corrector(self._strategy.correction(seen, kept), trained, seen.params)
-        optimizer = _SGD(list(self._parameters.values()), rate, args.momentum, args.weight_decay)
+        trained = {n: p for n, p in self.parameters.items() if n in turn.seen.params}
+        correct = _Corrector(turn.correction, trained, turn.seen.params)
+        optimizer = _SGD(list(self.parameters.values()), rate, args.momentum, args.weight_decay)
         self._loss_scale = _FIRST_LOSS_SCALE if self._scales_loss else 1.0
         self.model.train()
         losses, counts, steps = [], [], 0
@@ -186,7 +224,7 @@ class LocalTrainer:
                     found, sizes = self._gradients(window, rate)
                     correct()
                     if args.max_grad_norm is not None:
-                        nn.utils.clip_grad_norm_(self._parameters.values(), args.max_grad_norm)
+                        nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
                     optimizer.step()
                     losses += found
                     counts += sizes
@@ -208,7 +246,7 @@ class LocalTrainer:
         """Gradients of the mean loss over a step's examples; every batch's loss and size."""
         sizes = [batch_size(batch) for batch in window]
         while True:
-            for parameter in self._parameters.values():
+            for parameter in self.parameters.values():
                 parameter.grad = None
             losses = []
             for batch, size in zip(window, sizes, strict=True):
@@ -221,7 +259,7 @@ class LocalTrainer:
 
     def _unscale(self) -> bool:
         """Undo fp16's loss scale; False if it was too large and the step must be made again."""
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(grads, 1 / self._loss_scale)
         if self._loss_scale == 1 or all(bool(torch.isfinite(g).all()) for g in grads):
             return True

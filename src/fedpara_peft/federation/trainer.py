@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..comm.state import State
 from ..tuner.layer import FedParaLayer
 from .arguments import FederatedArguments
 from .averaging import AveragingBias
+from .batched import BatchedTrainer
 from .batches import Collator
 from .callbacks import FederatedCallback
 from .channel import Channel
@@ -45,7 +47,7 @@ from .population import Population
 from .sampling import share_out
 from .schedule import factor_blocks
 from .server import OpenRound, RoundServer
-from .state import Outcome, Refused, RoundReport, ServerState
+from .state import ClientState, ClientUpdate, Outcome, Refused, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
 
@@ -120,6 +122,7 @@ class FederatedTrainer:
         self._local = LocalTrainer(
             self.model, args, self.accelerator, self.strategy, loss, data_collator
         )
+        self._batched = self._batched_engine(loss)
         self._evaluator = Evaluator(
             self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator
         )
@@ -285,14 +288,14 @@ class FederatedTrainer:
         """Train the clients; how each fared, in client order, on every process."""
         clients = opened.reporting
         if self.accelerator.num_processes == 1:
-            yield from (self._turn(client, opened) for client in clients)
+            yield from self._turns(clients, opened)
             return
         owners = share_out(clients, self.population.num_examples, self.accelerator.num_processes)
-        mine, failure = {}, None
+        mine: dict[int, Outcome] = {}
+        failure = None
         try:
-            for client in clients:
-                if owners[client] == self.accelerator.process_index:
-                    mine[client] = self._turn(client, opened)
+            here = [c for c in clients if owners[c] == self.accelerator.process_index]
+            mine = {outcome.client: outcome for outcome in self._turns(here, opened)}
         except Exception as error:
             failure = error
         for outcome in everyones(self.accelerator, mine, failure, owners):
@@ -300,15 +303,46 @@ class FederatedTrainer:
                 self._store.note(outcome.client, opened.number + 1)
             yield outcome
 
-    def _turn(self, client: int, opened: OpenRound) -> Outcome:
-        """Train a client and take what it sends through the channel."""
-        number, size, state = opened.number, None, self._store.get(client)
+    def _turns(self, clients: list[int], opened: OpenRound) -> Iterator[Outcome]:
+        """Train clients in this process, side by side where that pays; in client order."""
+        data: dict[int, Any] = {}
+        stacked: dict[int, Any] = {}
+        if self._batched is not None and self._batched.wanted(len(clients)):
+            data = {client: self.population.train[client] for client in clients}
+            for group in self._batched.groups(data):
+                of_group = [data[client] for client in group]
+                states = [self._store.get(client) for client in group]
+                ended = self._batched.train(
+                    group, of_group, opened.number, opened.broadcast, states, opened.resting
+                )
+                stacked.update(zip(group, ended, strict=True))
+        for client in clients:
+            if client in stacked:
+                engine = functools.partial(self._local.end, *stacked.pop(client))
+            else:
+                own = data[client] if client in data else self.population.train[client]
+                engine = functools.partial(self._train, client, own, opened)
+            yield self._send(client, engine, opened)
+
+    def _train(self, client: int, data: Any, opened: OpenRound) -> tuple[ClientUpdate, ClientState]:
+        state = self._store.get(client)
+        return self._local.train(
+            client, data, opened.number, opened.broadcast, state, opened.resting
+        )
+
+    def _send(
+        self,
+        client: int,
+        engine: Callable[[], tuple[ClientUpdate, ClientState]],
+        opened: OpenRound,
+    ) -> Outcome:
+        """Take what a client trained through the channel."""
+        number, size, before = opened.number, None, self._store.get(client)
         try:
-            data = self.population.train[client]
-            update, state = self._local.train(
-                client, data, number, opened.broadcast, state, opened.resting
-            )
+            update, state = engine()
             size = self._channel.format("uplink", update.update, update.extra).size
+            if before is not None:
+                state = dataclasses.replace(state, residual=before.residual)
             update, state, _ = self._channel.uplink(update, state, number)
             update = self._server.checked(update)
         except PayloadError as error:
@@ -420,6 +454,17 @@ class FederatedTrainer:
             "clients": [len(self.population), sum(self.population.num_examples)],
             "model": digest(schema_of(_everything(self._local))),
         }
+
+    def _batched_engine(self, loss: LossFunction) -> BatchedTrainer | None:
+        if self.args.engine == "sequential":
+            return None
+        batched = BatchedTrainer(self._local, self.args, self.accelerator, loss)
+        obstacle = batched.obstacle()
+        if obstacle is not None and self.args.engine == "batched":
+            raise ArgumentsError(
+                f"engine='batched' is not possible: {obstacle}; use engine='sequential'"
+            )
+        return None if obstacle is not None else batched
 
     def _new_store(self) -> ClientStore:
         disk = DiskStore(self._store_folder)
