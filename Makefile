@@ -10,7 +10,7 @@ TESTS  := $(VENV)/.installed-tests
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo test test-slow lint type check bench fmt clean
+.PHONY: help install demo test test-slow lint type check bench bench-mnist fmt clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,14 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/jacobian.py
 	$(BIN)/python benchmarks/figure6_rank.py
 	$(BIN)/python benchmarks/digits_equal_size.py
+	$(BIN)/python benchmarks/kill_resume.py
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/many_clients.py
+	$(BIN)/python benchmarks/federation_speed.py
+
+bench-mnist: $(TESTS)  ## Measure codecs and personal models on MNIST; DATA=folder or Hub id
+	$(BIN)/python benchmarks/personal_mnist.py --data $(or $(DATA),ylecun/mnist)
+	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(DATA),ylecun/mnist)
 
 fmt: $(TESTS)  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 CODECS = ("identity", "float16", "int8", "int4", "topk:0.1", "topk:0.1+int8")
-GRID = (0.05, 0.1, 0.2, 0.4)
+GRID = (0.1, 0.2, 0.4, 0.8)
 SEEDS = (0, 1, 2)
 TARGET = 0.85
 STYLES = {"dense": ("0.35", "o", ":"), "FedPara": ("tab:blue", "D", "-")}
