@@ -10,6 +10,7 @@ same grid with the identity codec, on a seed that the table does not use.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -83,10 +84,15 @@ def main() -> None:
     """Tune, measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="ylecun/mnist", help="a Hub data set or a folder")
-    where = parser.parse_args().data
+    parser.add_argument("--plot", action="store_true", help="draw the last results again")
+    given = parser.parse_args()
+    if given.plot:
+        plot(points_of(json.loads((RESULTS / "codecs_mnist.json").read_text())["rows"]))
+        return
+    where = given.data
     torch.set_num_threads(1)
     data, _ = load_images(PersonalArguments(data=where, num_clients=20, examples_per_client=300))
-    rows, lines, points = [], [], []
+    rows, lines = [], []
     for model in ("dense", "FedPara"):
         tuned = {rate: run(model, "identity", False, rate, 100, data)["accuracy"] for rate in GRID}
         rate = max(tuned, key=lambda r: tuned[r])
@@ -101,7 +107,6 @@ def main() -> None:
                     to_target = f"{statistics.mean(reached) / 1e6:.2f}"
                 name = f"{model}, {codec}" + (", error feedback" if feedback else "")
                 up = found[0]["uplink_megabytes"]
-                points.append((model, codec, feedback, up, statistics.mean(values)))
                 lines.append(
                     [
                         name,
@@ -119,26 +124,31 @@ def main() -> None:
     ]  # fmt: skip
     text = table(header, lines) + "\n\n![accuracy against megabytes](codecs_mnist.png)"
     write("codecs_mnist", "Codecs on MNIST", text, rows)
-    plot(points)
+    plot(points_of(rows))
 
 
 def plot(points: list[tuple[str, str, bool, float, float]]) -> None:
-    """Accuracy against megabytes sent up; filled with error feedback."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    """Accuracy against megabytes sent up; filled with error feedback, joined to without."""
+    figure, axes = plt.subplots(figsize=(7.6, 5.0), layout="constrained")
     for model, (color, marker, _) in STYLES.items():
         for feedback in (False, True):
             chosen = [p for p in points if p[0] == model and p[2] == feedback]
             axes.scatter(
-                [p[3] for p in chosen], [p[4] for p in chosen], marker=marker, s=44,
+                [p[3] for p in chosen], [p[4] for p in chosen], marker=marker, s=40,
                 edgecolors=color, facecolors=color if feedback else "white", zorder=3,
                 label=f"{model}, {'with' if feedback else 'without'} error feedback",
             )  # fmt: skip
-        for _, codec, feedback, megabytes, value in [p for p in points if p[0] == model]:
-            if not feedback:
-                axes.annotate(
-                    codec, (megabytes, value), textcoords="offset points", xytext=(0, -13),
-                    fontsize=7.5, ha="center", color=color,
-                )  # fmt: skip
+        for codec in CODECS:
+            pair = [p for p in points if p[0] == model and p[1] == codec]
+            heights = [p[4] for p in pair]
+            axes.plot([pair[0][3]] * len(pair), heights, color=color, linewidth=0.8, zorder=2)
+            side = -1 if codec == "int4" else 1  # its neighbour at the right sends as much
+            axes.annotate(
+                codec, (pair[0][3], min(heights)), textcoords="offset points",
+                xytext=(4 * side, -9), fontsize=7.5, ha="left" if side > 0 else "right", va="top",
+                rotation=-30 * side, color=color, rotation_mode="anchor",
+            )  # fmt: skip
+    axes.margins(x=0.08, y=0.12)
     axes.set(
         xscale="log",
         xlabel="sent by clients (MB, logarithmic)",
@@ -149,6 +159,17 @@ def plot(points: list[tuple[str, str, bool, float, float]]) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(RESULTS / "codecs_mnist.png", dpi=150)
     plt.close(figure)
+
+
+def points_of(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool, float, float]]:
+    """Mean accuracy over seeds and megabytes up, of every model and codec."""
+    found: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["codec"], row["error_feedback"]), []).append(row)
+    return [
+        (*key, group[0]["uplink_megabytes"], statistics.mean(100 * r["accuracy"] for r in group))
+        for key, group in found.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ def environment() -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cpu = names[0] if names else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    # A folder of this machine means nothing on another: its name must do.
+    arguments = [Path(a).name if "/" in a and Path(a).exists() else a for a in sys.argv[1:]]
     return {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": gpu,

@@ -97,7 +97,7 @@ def split_clients(
 def build(
     method: str, inputs: int, classes: int, personal: PersonalArguments, seed: int
 ) -> nn.Module:
-    """Two fully connected layers; pFedPara factorizes the first."""
+    """Two fully connected layers; pFedPara factorizes both, so that the classifier is personal."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, classes))
     if method != "pfedpara":
@@ -106,7 +106,7 @@ def build(
         gamma=personal.gamma,
         parameterization="pfedpara",
         base_weight="replaced",
-        target_modules=["0"],
+        target_modules=["0", "2"],
     )
     return get_peft_model(model, config)
 
