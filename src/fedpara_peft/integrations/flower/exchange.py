@@ -61,24 +61,32 @@ class Directory:
         self._num_clients = num_clients
         self._ttl_s = ttl_s
         self._asked: dict[int, tuple[str, float]] = {}
+        self._claims: dict[int, tuple[int, int]] = {}
         self.nodes: dict[int, int] = {}
         self.num_examples: dict[int, int] = {}
 
     def refresh(self) -> None:
         """Forget nodes that left, ask new ones who they are, and hear those that answer."""
-        connected = set(self._grid.get_node_ids())
-        self.nodes = {c: node for c, node in self.nodes.items() if node in connected}
-        known, now = set(self.nodes.values()), time.monotonic()
-        for node in sorted(connected - known):
-            if node not in self._asked or now - self._asked[node][1] > self._ttl_s:
-                question = Message(RecordDict(), node, MessageType.QUERY, ttl=self._ttl_s)
-                if sent := pushed(self._grid, question):
-                    self._asked[node] = (sent, now)
-        waiting = {sent: node for node, (sent, _) in self._asked.items() if node not in known}
+        connected, now = set(self._grid.get_node_ids()), time.monotonic()
+        self._claims = {node: claim for node, claim in self._claims.items() if node in connected}
+        self._asked = {
+            node: (sent, when)
+            for node, (sent, when) in self._asked.items()
+            if node in connected and now - when < self._ttl_s
+        }
+        for node in sorted(connected - self._claims.keys() - self._asked.keys()):
+            question = Message(RecordDict(), node, MessageType.QUERY, ttl=self._ttl_s)
+            self._asked[node] = (pushed(self._grid, question) or "", now)
+        waiting = {sent: node for node, (sent, _) in self._asked.items() if sent}
         for reply in pulled(self._grid, list(waiting)):
-            node = waiting.get(reply.metadata.reply_to_message_id)
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
+                self._asked[node] = ("", now)
                 self._hear(node, reply)
+        self.nodes = {}
+        for node, (client, num_examples) in self._claims.items():  # who came first
+            if client not in self.nodes:
+                self.nodes[client], self.num_examples[client] = node, num_examples
 
     def wait_for(self, clients: set[int], seconds: float, *, all: bool) -> bool:
         """Wait until all of these clients, or any, are there; whether they are."""
@@ -105,16 +113,17 @@ class Directory:
                     f"it has client {client} with {num_examples} examples, the run has clients "
                     f"0 to {self._num_clients - 1}: check partition-id and num_clients",
                 )
-            if client in self.nodes:
-                raise PayloadError(
-                    "duplicate",
-                    f"it has client {client}, whom node {self.nodes[client]} has: give each node a "
-                    "partition-id of its own",
-                )
         except PayloadError as error:
             logger.warning("node %d: %s", node, error)
             return
-        self.nodes[client], self.num_examples[client] = node, num_examples
+        holder = next((n for n, (other, _) in self._claims.items() if other == client), None)
+        if holder is not None:
+            logger.warning(
+                "node %d has client %d, whom node %d has, and waits until that one is gone: give "
+                "each node a partition-id of its own",
+                node, client, holder,
+            )  # fmt: skip
+        self._claims[node] = client, num_examples
 
 
 def exchange(
@@ -141,7 +150,8 @@ def exchange(
                 replies.sent.append(client)
     silent = set(expected.values())
     while silent and time.monotonic() < end:
-        found = pulled(grid, list(expected))
+        # Flower answers with an error when it is asked again for what it has handed out.
+        found = pulled(grid, [sent for sent, client in expected.items() if client in silent])
         for reply in found:
             silent.discard(_take(reply, expected, directory, replies))
         directory.refresh()

@@ -197,7 +197,7 @@ class FederationServer:
         """Take in what a client sent, or refuse it by name."""
         try:
             answer = read_answer(content)
-            if answer.payload:
+            if not answer.reason:
                 size = _size(answer.payload)
                 self.ledger.record(opened.number + 1, client, "uplink", size)
             update = rounds.checked(self._decoded(opened, client, answer))
