@@ -114,7 +114,8 @@ class FederatedArguments:
         default="auto",
         metadata={
             "help": "sequential: one client after the other; batched: clients with equally many "
-            "examples side by side; auto: batched where it is known to pay.",
+            "examples side by side, the same up to rounding; auto: batched where it is known to "
+            "pay, in one process.",
             "choices": ["auto", "sequential", "batched"],
         },
     )

@@ -54,6 +54,7 @@ class BatchedTrainer:
         self._local = local
         self._args = args
         self._device = accelerator.device
+        self._alone = accelerator.num_processes == 1
         self._loss = _Loss(local.model, compute_loss)
         self._default_loss = compute_loss is default_loss
         self._plain = accelerator.mixed_precision == "no"
@@ -80,6 +81,8 @@ class BatchedTrainer:
             and self._values() <= _MOST_VALUES
             and self._device.type == "cpu"
             and self._default_loss
+            # Stacks follow the processes' shares, and rounding the stacks.
+            and self._alone
             # Their own losses and hidden dropouts are not known here.
             and not hasattr(getattr(self._local.model, "config", None), "model_type")
         )

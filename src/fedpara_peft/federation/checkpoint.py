@@ -15,21 +15,32 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save_model as save_tensors
+from torch import nn
 
 from ..comm.ledger import Ledger
-from ..comm.state import join_groups, split_groups
+from ..comm.schema import digest, schema_of
+from ..comm.state import State, join_groups, split_groups
+from .arguments import FederatedArguments
 from .errors import ResumeError
 from .history import History, report_from_json
 from .state import ServerState
 from .store import sync
+from .strategies import Strategy
 
 _FORMAT = 1
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+#: Arguments that a resumed run may change.
+_FREE = {
+    "output_dir", "num_rounds", "eval_every", "eval_batch_size", "save_every", "save_total_limit",
+    "client_store", "report_to", "disable_tqdm", "report_averaging_bias",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,47 @@ class Checkpoint:
     server: ServerState
     history: History
     ledger: Ledger
+
+
+def run_settings(
+    args: FederatedArguments, strategy: Strategy, clients: list[int], model: State
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the interrupted one.
+
+    Args:
+        args: the run's settings.
+        strategy: the federated optimizer.
+        clients: numbers that tell one population from another.
+        model: all that is trained, of which names, shapes and dtypes count.
+    """
+    return {
+        **{name: value for name, value in asdict(args).items() if name not in _FREE},
+        "strategy": [type(strategy).__name__, {n: repr(v) for n, v in vars(strategy).items()}],
+        "clients": clients,
+        "model": digest(schema_of(model)),
+    }
+
+
+def placed_like(server: ServerState, like: State) -> ServerState:
+    """A server state on the devices of the live tensors."""
+
+    def placed(state: State) -> State:
+        return {name: tensor.to(like[name].device) for name, tensor in state.items()}
+
+    optimizer = {group: placed(state) for group, state in server.optimizer.items()}
+    # The residual stays in main memory, where payloads are made.
+    return replace(server, params=placed(server.params), optimizer=optimizer)
+
+
+def write_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a model: an adapter folder, a transformers folder, or safetensors."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_pretrained = getattr(model, "save_pretrained", None)
+    if callable(save_pretrained):
+        save_pretrained(folder)
+    else:
+        save_tensors(model, str(folder / "model.safetensors"))
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..comm.ledger import Ledger
 from ..comm.payload import Payload, PayloadSize
 from .admission import checked, require_quorum
 from .arguments import FederatedArguments
@@ -16,7 +17,7 @@ from .mean import aggregate_from_name
 from .privacy import GaussianMechanism
 from .sampling import drop_outs, sample_cohort
 from .schedule import resting_factors
-from .state import Broadcast, ClientUpdate, CohortMean, Refused, ServerState
+from .state import Broadcast, ClientUpdate, CohortMean, Refused, RoundReport, ServerState
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,39 @@ class RoundServer:
             stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
         next_round = dataclasses.replace(stepped, round=opened.number + 1)
         return opened.server.updated(next_round), mean
+
+    def report(
+        self,
+        opened: OpenRound,
+        ledger: Ledger,
+        seconds: float,
+        dropped: Sequence[int] = (),
+        averaging_bias: float | None = None,
+    ) -> RoundReport:
+        """What happened in a closed round, evaluation left out.
+
+        Args:
+            opened: the round.
+            ledger: with its transfers.
+            seconds: how long it took.
+            dropped: clients that did not report, beside those that the simulation dropped.
+            averaging_bias: where it was measured.
+        """
+        number, updates = opened.number + 1, opened.updates
+        return RoundReport(
+            round=number,
+            cohort=opened.cohort,
+            dropped=tuple(sorted({*opened.dropped, *dropped})),
+            refused=tuple((r.client, r.reason) for r in updates.refused),
+            train_loss=updates.train_loss,
+            metrics={},
+            uplink_bytes=ledger.total_bytes(number, "uplink"),
+            downlink_bytes=ledger.total_bytes(number, "downlink"),
+            header_bytes=ledger.header_bytes(number),
+            averaging_bias=averaging_bias,
+            epsilon=self.epsilon(number),
+            seconds=seconds,
+        )
 
     def epsilon(self, rounds: int) -> float | None:
         """ε of differential privacy after so many rounds; None without noise."""

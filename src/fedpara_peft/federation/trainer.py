@@ -14,13 +14,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import save_model
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..comm.errors import PayloadError
 from ..comm.ledger import Ledger
-from ..comm.schema import digest, schema_of
 from ..comm.state import State
 from ..tuner.layer import FedParaLayer
 from .arguments import FederatedArguments
@@ -33,9 +31,12 @@ from .checkpoint import (
     Checkpoint,
     checkpoints,
     load_checkpoint,
+    placed_like,
     remove_checkpoint,
     remove_partial,
+    run_settings,
     save_checkpoint,
+    write_model,
 )
 from .client import LocalTrainer, LossFunction
 from .errors import ArgumentsError, ResumeError
@@ -53,12 +54,6 @@ from .strategies import FedAvg, Strategy
 
 logger = logging.getLogger(__name__)
 
-#: Arguments that a resumed run may change.
-_FREE = {
-    "output_dir", "num_rounds", "eval_every", "eval_batch_size", "save_every", "save_total_limit",
-    "client_store", "report_to", "disable_tqdm", "report_averaging_bias",
-}  # fmt: skip
-
 
 class FederatedTrainer:
     """Train a model in a simulated federation.
@@ -66,8 +61,8 @@ class FederatedTrainer:
     Whatever of the model is trainable is federated: a plain module, a transformers model, any PEFT
     adapter. Tensors of local scope (pFedPara's W₂, ``local_modules``) stay with each client, as
     does what the strategy keeps for it. Under ``accelerate launch`` the clients of a round are
-    shared among the processes; the result is the same, bit for bit, on CPUs with equally many
-    threads.
+    shared among the processes; with ``engine="sequential"`` the result is the same, bit for bit, on
+    CPUs with equally many threads.
 
     Args:
         model: the global model, trained in place.
@@ -235,13 +230,7 @@ class FederatedTrainer:
         Args:
             output_dir: where to; ``args.output_dir`` by default.
         """
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_pretrained = getattr(self.model, "save_pretrained", None)
-        if callable(save_pretrained):
-            save_pretrained(folder)
-        else:
-            save_model(self.model, str(folder / "model.safetensors"))
+        write_model(self.model, output_dir or self.args.output_dir)
 
     # One round.
 
@@ -265,20 +254,9 @@ class FederatedTrainer:
                     bias.add(outcome.update.update, self._server.weight(outcome.update))
         self._local.rest(())
         server, mean = self._server.close(opened)
-        report = RoundReport(
-            round=server.round,
-            cohort=opened.cohort,
-            dropped=opened.dropped,
-            refused=tuple((r.client, r.reason) for r in opened.updates.refused),
-            train_loss=opened.updates.train_loss,
-            metrics={},
-            uplink_bytes=self.ledger.total_bytes(server.round, "uplink"),
-            downlink_bytes=self.ledger.total_bytes(server.round, "downlink"),
-            header_bytes=self.ledger.header_bytes(server.round),
-            averaging_bias=None if bias is None else bias.result(mean.update),
-            epsilon=self._server.epsilon(server.round),
-            seconds=time.perf_counter() - start,
-        )
+        measured = None if bias is None else bias.result(mean.update)
+        seconds = time.perf_counter() - start
+        report = self._server.report(opened, self.ledger, seconds, averaging_bias=measured)
         self._local.load(server.params)
         if self._due(self.args.eval_every, server.round):
             report = self._evaluated(server, report)
@@ -398,7 +376,7 @@ class FederatedTrainer:
             self.ledger = Ledger()
         else:
             checkpoint = load_checkpoint(folder, self._settings())
-            server = _on(checkpoint.server, self._local.shared)
+            server = placed_like(checkpoint.server, self._local.shared)
             reports, self.ledger = list(checkpoint.history), checkpoint.ledger
         if self._is_main:
             remove_partial(args.output_dir)
@@ -447,13 +425,8 @@ class FederatedTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""
-        args, strategy = dataclasses.asdict(self.args).items(), vars(self.strategy)
-        return {
-            **{name: value for name, value in args if name not in _FREE},
-            "strategy": [type(self.strategy).__name__, {n: repr(v) for n, v in strategy.items()}],
-            "clients": [len(self.population), sum(self.population.num_examples)],
-            "model": digest(schema_of(_everything(self._local))),
-        }
+        clients = [len(self.population), sum(self.population.num_examples)]
+        return run_settings(self.args, self.strategy, clients, _everything(self._local))
 
     def _batched_engine(self, loss: LossFunction) -> BatchedTrainer | None:
         if self.args.engine == "sequential":
@@ -516,17 +489,6 @@ def _asked(resume: bool | str | os.PathLike[str] | None, found: Mapping[int, Pat
     if resume is True:
         return list(found.values())[-1] if found else None
     return Path(resume)
-
-
-def _on(server: ServerState, like: State) -> ServerState:
-    """A server state on the devices of the live tensors."""
-
-    def placed(state: State) -> State:
-        return {name: tensor.to(like[name].device) for name, tensor in state.items()}
-
-    optimizer = {group: placed(state) for group, state in server.optimizer.items()}
-    # The residual stays in main memory, where payloads are made.
-    return dataclasses.replace(server, params=placed(server.params), optimizer=optimizer)
 
 
 def _everything(local: LocalTrainer) -> State:

@@ -1,0 +1,1 @@
+"""Handwritten digits, personalized with pFedPara on Flower."""

@@ -1,0 +1,118 @@
+"""Flower messages: jobs, answers and introductions as records, nothing pickled.
+
+A payload travels as one array of bytes, which Flower sends in chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, get_args
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from ...comm.errors import PayloadError, Refusal
+from .node import Answer, Job
+
+#: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
+_STYPE = "safetensors"
+
+
+def job_record(job: Job) -> RecordDict:
+    """A job as records."""
+    facts = asdict(job) | {"needed": list(job.needed)}
+    return _with_payload(facts.pop("payload"), {"job": ConfigRecord(facts)})
+
+
+def read_job(content: RecordDict) -> Job:
+    """The inverse of :func:`job_record`.
+
+    Raises:
+        PayloadError: it is not a job.
+    """
+    try:
+        facts = content["job"]
+        return Job(
+            run=str(facts["run"]),
+            round=_count(facts["round"]),
+            kept=_count(facts["kept"]),
+            needed=tuple(map(_count, facts["needed"])),
+            payload=_payload(content),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _malformed("job", error) from None
+
+
+def answer_record(answer: Answer) -> RecordDict:
+    """An answer as records."""
+    facts = {"round": answer.round, "reason": answer.reason, "message": answer.message}
+    metrics = {"num_examples": answer.num_examples, "train_loss": answer.train_loss}
+    return _with_payload(
+        answer.payload, {"answer": ConfigRecord(facts), "metrics": MetricRecord(metrics)}
+    )
+
+
+def read_answer(content: RecordDict) -> Answer:
+    """The inverse of :func:`answer_record`.
+
+    Raises:
+        PayloadError: it is not an answer.
+    """
+    try:
+        facts, metrics = content["answer"], content["metrics"]
+        return Answer(
+            round=_count(facts["round"]),
+            num_examples=_count(metrics["num_examples"]),
+            train_loss=float(metrics["train_loss"]),
+            payload=_payload(content),
+            reason=str(facts["reason"]),
+            message=str(facts["message"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _malformed("answer", error) from None
+
+
+def introduction_record(client: int, num_examples: int) -> RecordDict:
+    """Which client a node trains, and on how many examples."""
+    facts = {"client": client, "num_examples": num_examples}
+    return RecordDict({"introduction": ConfigRecord(facts)})
+
+
+def read_introduction(content: RecordDict) -> tuple[int, int]:
+    """The inverse of :func:`introduction_record`.
+
+    Raises:
+        PayloadError: it is not an introduction.
+    """
+    try:
+        facts = content["introduction"]
+        return _count(facts["client"]), _count(facts["num_examples"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _malformed("introduction", error) from None
+
+
+def refusal(reason: str) -> Refusal:
+    """A reason that came from elsewhere, if it is one."""
+    return reason if reason in get_args(Refusal) else "malformed"  # type: ignore[return-value]
+
+
+def _with_payload(payload: bytes, records: dict[str, Any]) -> RecordDict:
+    array = Array(dtype="uint8", shape=(len(payload),), stype=_STYPE, data=payload)
+    return RecordDict({**records, "payload": ArrayRecord({"data": array})})
+
+
+def _payload(content: RecordDict) -> bytes:
+    data = content["payload"]["data"].data
+    if not isinstance(data, bytes):
+        raise TypeError("the payload is not bytes")
+    return data
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r:.40} is not a count")
+    return value
+
+
+def _malformed(what: str, error: Exception) -> PayloadError:
+    found = f"{type(error).__name__} {error!s:.100}"
+    return PayloadError("malformed", f"not an {what} ({found}): run one version on both ends")

@@ -1,0 +1,199 @@
+"""What a node does with a message: it trains its client, and keeps the client's state on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ...comm.errors import PayloadError
+from ...federation.admission import checked
+from ...federation.arguments import FederatedArguments
+from ...federation.batches import Collator
+from ...federation.channel import Channel
+from ...federation.client import LocalTrainer, LossFunction
+from ...federation.errors import ClientDataError, RoundError
+from ...federation.loss import default_loss
+from ...federation.schedule import factor_blocks, resting_factors
+from ...federation.state import Broadcast, ClientState, ServerState
+from ...federation.store import DiskStore
+from ...federation.strategies import FedAvg, Strategy
+
+logger = logging.getLogger(__name__)
+
+_RUN = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class NodeSetup:
+    """What a node brings along.
+
+    Attributes:
+        model_fn: makes the model; seed it, so that all nodes and the server make the same.
+        data_fn: a client's examples, by client index.
+        args: the run's settings, the server's own.
+        state_dir: the node's folder for what its clients keep; it never leaves the machine.
+        strategy: the federated optimizer, the server's own.
+        compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``.
+        data_collator: makes a batch from rows.
+    """
+
+    model_fn: Callable[[], nn.Module]
+    data_fn: Callable[[int], Any]
+    args: FederatedArguments
+    state_dir: str
+    strategy: Strategy | None = None
+    compute_loss: LossFunction | None = None
+    data_collator: Collator | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A round as a client sees it.
+
+    Attributes:
+        run: the run's own name; a client's states of several runs do not mix.
+        round: rounds completed.
+        kept: the version of the client's state that goes with the server's: the last round in which
+            its update was used. What the client learnt after it is forgotten.
+        needed: rounds to which the server may return.
+        payload: the broadcast.
+    """
+
+    run: str
+    round: int
+    kept: int
+    needed: tuple[int, ...]
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client sends.
+
+    Attributes:
+        round: rounds completed before it.
+        num_examples: its examples.
+        train_loss: mean loss over its local steps.
+        payload: its update; empty if there is none.
+        reason: why there is none.
+        message: what was found, and what helps.
+    """
+
+    round: int
+    num_examples: int = 0
+    train_loss: float = 0.0
+    payload: bytes = b""
+    reason: str = ""
+    message: str = ""
+
+
+class Node:
+    """Trains clients in one model, which is never rebuilt.
+
+    Args:
+        setup: model, data and settings.
+    """
+
+    def __init__(self, setup: NodeSetup) -> None:
+        self._setup = setup
+        args, strategy = setup.args, setup.strategy or FedAvg()
+        accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        model = setup.model_fn().to(accelerator.device)
+        loss = setup.compute_loss or default_loss
+        self._strategy = strategy
+        self._channel = Channel(args)
+        self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
+        self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
+        self._data: dict[int, Any] = {}
+
+    def num_examples(self, client: int) -> int:
+        """How many examples a client has."""
+        return len(self._dataset(client))
+
+    def train(self, client: int, job: Job) -> Answer:
+        """Train a client for a round.
+
+        What the server would refuse changes nothing of what the client keeps.
+        """
+        store = self._store(client, job)
+        try:
+            return self._turn(client, job, store)
+        except PayloadError as error:
+            logger.warning("round %d, client %d: %s", job.round + 1, client, error)
+            return Answer(job.round, reason=error.reason, message=str(error))
+        finally:
+            store.prune([*job.needed, job.kept, job.round + 1])
+            store.commit()
+
+    def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
+        args, number = self._setup.args, job.round
+        state = store.get(client)
+        resting = frozenset(resting_factors(self._products, number))
+        broadcast = self._received(job, resting)
+        self._local.rest(resting)
+        try:
+            data = self._dataset(client)
+            update, state = self._local.train(client, data, number, broadcast, state, resting)
+        finally:
+            self._local.rest(())
+        received, state, payload = self._channel.uplink(update, state, number, encode=True)
+        answer = Answer(
+            number, update.num_examples, update.train_loss, payload.data if payload else b""
+        )
+        try:
+            checked(received, args)
+        except PayloadError as error:  # the server will find the same; it is sent to be counted
+            logger.warning("round %d, client %d: %s", number + 1, client, error)
+            return answer
+        if state:
+            store.put(client, number + 1, state)
+        return answer
+
+    def _received(self, job: Job, resting: frozenset[str]) -> Broadcast:
+        """The broadcast, checked against this node's own model."""
+        shared = self._local.shared
+        server = ServerState(job.round, shared, buffers=self._local.buffers)
+        extra = self._strategy.broadcast(server.restricted(shared.keys() - resting))
+        form = self._channel.format("downlink", shared, extra)
+        found = form.decode(job.payload, job.round) if form.schema else {}
+        return Broadcast(*self._channel.parted(found, shared, extra))
+
+    def _dataset(self, client: int) -> Any:
+        if client not in self._data:
+            data = self._setup.data_fn(client)
+            if not len(data):
+                raise ClientDataError(f"client {client} has no data: leave its node out")
+            self._data = {client: data}  # of one client at a time
+        return self._data[client]
+
+    def _store(self, client: int, job: Job) -> DiskStore:
+        """The client's states of this run, as the server knows them."""
+        if not _RUN.fullmatch(job.run):
+            raise RoundError(f"{job.run!r:.80} is not the name of a run: update the server")
+        store = DiskStore(client_folder(self._setup.state_dir, client) / f"run-{job.run}")
+        store.rollback(job.kept)
+        if self._loses_state(client, job, store.get(client)):
+            logger.warning(
+                "client %d took part in round %d, but %s has no state of it: starting afresh",
+                client, job.kept, store.folder,
+            )  # fmt: skip
+        return store
+
+    def _loses_state(self, client: int, job: Job, state: ClientState | None) -> bool:
+        return job.kept > 0 and state is None and bool(self._local.local)
+
+
+def client_folder(state_dir: str | os.PathLike[str], client: int) -> Path:
+    """A client's own folder, which nobody else may read."""
+    folder = Path(state_dir) / f"client-{client}"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder

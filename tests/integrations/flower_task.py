@@ -1,0 +1,43 @@
+"""The run that the tests of the Flower integration share; nodes' workers import it, too."""
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedpara_peft import FederatedArguments, FedParaConfig, partition
+
+CLIENTS = 3
+
+
+def model_fn():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4),
+    )  # fmt: skip
+    config = FedParaConfig(
+        r=3, base_weight="replaced", parameterization="pfedpara", target_modules=["0", "4"]
+    )
+    return get_peft_model(model, config)
+
+
+def data():
+    x = torch.randn(90, 16, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+def clients():
+    return partition(data(), "quantity", CLIENTS, concentration=3.0)
+
+
+def data_fn(client):
+    return clients()[client]
+
+
+def arguments(folder, **more):
+    settings = {
+        "num_rounds": 4, "per_client_batch_size": 8, "learning_rate": 0.1, "momentum": 0.5,
+        "eval_every": 2, "disable_tqdm": True,
+    }  # fmt: skip
+    return FederatedArguments(str(folder), **{**settings, **more})

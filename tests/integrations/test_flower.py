@@ -1,0 +1,335 @@
+"""Flower: the same run as the simulation's, bit for bit, whoever fails to answer."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedpara_peft import (
+    FedAdam,
+    FedAvg,
+    FederatedTrainer,
+    History,
+    LocalOnly,
+    ResumeError,
+    RoundError,
+    Scaffold,
+    accuracy,
+)
+from fedpara_peft.comm.ledger import Ledger
+from fedpara_peft.federation.store import DiskStore
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from tests.integrations import flower_task as task
+
+from fedpara_peft.integrations.flower import client_app, server_app
+
+INT8 = {"uplink_codec": "int8", "downlink_codec": "int8", "error_feedback": True}
+
+
+@pytest.fixture(autouse=True)
+def _task(monkeypatch):
+    """What Flower sets in the process of a server app."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class LocalGrid(Grid):
+    """Hands messages to client apps in this process, nodes numbered from 100."""
+
+    def __init__(self, apps, tmp_path, spoil=None):
+        self.apps, self.tmp_path, self.spoil = apps, tmp_path, spoil
+        self.numbers = itertools.count(1)
+        self.replies = {}
+        self.wire = []
+
+    run = property()
+    set_run = create_message = send_and_receive = None
+
+    def get_node_ids(self):
+        return [100 + i for i in range(len(self.apps))]
+
+    def context(self, node):
+        config = {"partition-id": node - 100, "state-dir": str(self.tmp_path / f"node-{node}")}
+        return Context(1, node, config, RecordDict(), {})
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            name = str(next(self.numbers))
+            message.metadata.__dict__["_message_id"] = name
+            ids.append(name)
+            node = message.metadata.dst_node_id
+            try:
+                reply = self.apps[node - 100](message, self.context(node))
+            except Exception as error:
+                reply = Message(Error(2, repr(error)), reply_to=message)
+            training = message.metadata.message_type == "train"
+            if training:
+                self.wire += [message, reply]
+            # Answers arrive in another order than messages went out.
+            found = self.spoil(message, reply) if self.spoil and training else [reply]
+            self.replies[name] = found
+        return ids
+
+    def pull_messages(self, message_ids):
+        asked = [name for name in reversed(list(message_ids)) if name in self.replies]
+        return [reply for name in asked for reply in self.replies.pop(name)]
+
+
+def run(tmp_path, strategy=None, spoil=None, deadline_s=5.0, apps=None, resume=True, **more):
+    """A run over a grid: the grid, and what the server left in its folder."""
+    args = task.arguments(tmp_path / "server", **more)
+    apps = apps or [
+        client_app(task.model_fn, task.data_fn, args, strategy=strategy)
+        for _ in range(task.CLIENTS)
+    ]
+    grid = LocalGrid(apps, tmp_path, spoil)
+    server = server_app(
+        task.model_fn, args, task.CLIENTS, strategy=strategy, eval_data_fn=task.data,
+        compute_metrics=accuracy, deadline_s=deadline_s, resume=resume,
+    )  # fmt: skip
+    server(grid, Context(1, 1, {}, RecordDict(), {}))
+    return grid
+
+
+def history(tmp_path):
+    return History.load(tmp_path / "server" / "history.json")
+
+
+def simulate(tmp_path, strategy=None, **more):
+    args = task.arguments(tmp_path / "simulated", save_every=1, **more)
+    trainer = FederatedTrainer(
+        task.model_fn(), args, task.clients(), task.data(), strategy=strategy,
+        compute_metrics=accuracy,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def assert_same(tmp_path, trainer, rounds=4):
+    ours = load_file(tmp_path / "server" / f"checkpoint-{rounds}" / "server.safetensors")
+    theirs = load_file(tmp_path / "simulated" / f"checkpoint-{rounds}" / "server.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    plain = [dataclasses.replace(r, seconds=0.0) for r in history(tmp_path)]
+    assert plain == [dataclasses.replace(r, seconds=0.0) for r in trainer.history]
+    ledger = Ledger.load(tmp_path / "server" / "ledger.npy")
+    assert list(ledger.transfers()) == list(trainer.ledger.transfers())
+
+
+def run_folder(tmp_path, client):
+    (folder,) = (tmp_path / f"node-{100 + client}" / f"client-{client}").glob("run-*")
+    return folder
+
+
+def assert_same_clients(tmp_path, trainer):
+    for client in range(task.CLIENTS):
+        ours, theirs = (
+            DiskStore(run_folder(tmp_path, client)).get(client),
+            trainer._store.get(client),
+        )
+        for part in ("local", "residual"):
+            found, expected = getattr(ours, part), getattr(theirs, part)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        (FedAvg(), {}),
+        (FedAvg(), {"clients_per_round": 2, "clip_update_norm": 0.1}),
+        (Scaffold(), {"clients_per_round": 2}),
+        (FedAvg(), INT8),
+        (Scaffold(), {**INT8, "clients_per_round": 2, "client_sampling": "weighted"}),
+        (FedAdam(), {"factor_schedule": "one_block", "aggregation": "median"}),
+        (LocalOnly(), {}),
+    ],
+)
+def test_the_result_is_the_simulations(tmp_path, strategy, more):
+    run(tmp_path, strategy, save_every=1, **more)
+    trainer = simulate(tmp_path, strategy, **more)
+    assert_same(tmp_path, trainer)
+    assert_same_clients(tmp_path, trainer)
+
+
+def payload_of(message):
+    return message.content["payload"]["data"].data
+
+
+def with_payload(reply, change):
+    data = change(payload_of(reply))
+    array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+    reply.content["payload"] = ArrayRecord({"data": array})
+    return [reply]
+
+
+def with_metric(name, value):
+    def change(reply):
+        reply.content["metrics"][name] = value
+        return [reply]
+
+    return change
+
+
+def without_records(reply):
+    reply.content = RecordDict()
+    return [reply]
+
+
+def with_nan(data):
+    """A payload whose first float32 is NaN: wide dtypes come first, one int64 here."""
+    start = 8 + int.from_bytes(data[:8], "little") + 8
+    return data[:start] + b"\0\0\xc0\x7f" + data[start + 4 :]
+
+
+FAULTS = {
+    "silent": (lambda reply: [], None),
+    "error": (lambda reply: [Message(Error(8, "killed"), reply_to=reply)], None),
+    "nan": (lambda reply: with_payload(reply, with_nan), "not_finite"),
+    "cut": (lambda r: with_payload(r, lambda data: data[:-4]), "length"),
+    "noise": (lambda r: with_payload(r, lambda data: b"\xff" * len(data)), "length"),
+    "empty": (lambda r: with_payload(r, lambda data: b""), "length"),
+    "examples": (with_metric("num_examples", 0), "malformed"),
+    "loss": (with_metric("train_loss", float("nan")), "malformed"),
+    "records": (without_records, "malformed"),
+}
+
+
+def at(client, round, fault):
+    def spoil(message, reply):
+        here = (message.metadata.dst_node_id - 100, message.content["job"]["round"])
+        return fault(reply) if here == (client, round) else [reply]
+
+    return spoil
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_failing_client_counts_as_one_that_took_no_part(tmp_path, name, monkeypatch):
+    fault, reason = FAULTS[name]
+    if name == "error":  # an error replies to the message, not to the reply
+
+        def spoil(message, reply):
+            here = (message.metadata.dst_node_id - 100, message.content["job"]["round"])
+            return [Message(Error(8, "killed"), reply_to=message)] if here == (1, 1) else [reply]
+
+    else:
+        spoil = at(1, 1, fault)
+    run(tmp_path, Scaffold(), spoil, deadline_s=0.3, save_every=1, **INT8)
+    report = history(tmp_path)[1]
+    assert report.refused == (((1, reason),) if reason else ())
+    assert report.dropped == (() if reason else (1,))
+    assert not any(r.refused or r.dropped for r in history(tmp_path) if r.round != 2)
+    monkeypatch.setattr(
+        "fedpara_peft.federation.server.drop_outs",
+        lambda cohort, probability, seed, round: [1] if round == 1 else [],
+    )
+    trainer = simulate(tmp_path, Scaffold(), **INT8)
+    for folder in ("server", "simulated"):
+        assert (tmp_path / folder / "checkpoint-4").is_dir()
+    ours = load_file(tmp_path / "server" / "checkpoint-4" / "server.safetensors")
+    theirs = load_file(tmp_path / "simulated" / "checkpoint-4" / "server.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_clients(tmp_path, trainer)
+
+
+def test_a_duplicate_is_refused_and_the_first_answer_is_used(tmp_path):
+    run(tmp_path, spoil=at(1, 1, lambda reply: [reply, reply]), save_every=1)
+    assert history(tmp_path)[1].refused == ((1, "duplicate"),)
+    ours = load_file(tmp_path / "server" / "checkpoint-4" / "server.safetensors")
+    simulate(tmp_path)
+    theirs = load_file(tmp_path / "simulated" / "checkpoint-4" / "server.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stale_answer_is_refused(tmp_path, whole):
+    former = {}
+
+    def spoil(message, reply):
+        client, round = message.metadata.dst_node_id - 100, message.content["job"]["round"]
+        kept = former.setdefault(client, (reply.content, payload_of(reply)))
+        if (client, round) != (1, 2):
+            return [reply]
+        if whole:
+            reply.content = kept[0]
+            return [reply]
+        return with_payload(reply, lambda data: kept[1])
+
+    run(tmp_path, spoil=spoil)
+    assert [r.refused for r in history(tmp_path)] == [(), (), ((1, "stale"),), ()]
+
+
+def test_a_round_below_its_quorum_stops_the_run_with_the_last_good_model(tmp_path):
+    with pytest.raises(RoundError, match="quorum"):
+        run(tmp_path, spoil=at(1, 2, lambda reply: []), deadline_s=0.3, quorum=1.0)
+    assert len(history(tmp_path)) == 2
+    assert (tmp_path / "server" / "model" / "adapter_model.safetensors").is_file()
+
+
+def test_an_update_beyond_the_norm_changes_nothing_on_its_node(tmp_path):
+    with pytest.raises(RoundError, match="max_update_norm"):
+        run(tmp_path, max_update_norm=1e-6)
+    assert not list((tmp_path / "node-100").rglob("*.safetensors"))
+
+
+def test_a_killed_server_continues_and_its_nodes_step_back(tmp_path):
+    def kill(message, reply):
+        if message.content["job"]["round"] == 3:
+            raise KeyboardInterrupt
+        return [reply]
+
+    settings = {"save_every": 2, "num_rounds": 5, "clients_per_round": 2, **INT8}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Scaffold(), kill, **settings)
+    with pytest.raises(ResumeError, match="resume=True"):
+        run(tmp_path, Scaffold(), resume=False, **settings)
+    run(tmp_path, Scaffold(), **settings)
+    trainer = simulate(
+        tmp_path, Scaffold(), **{k: v for k, v in settings.items() if k != "save_every"}
+    )
+    assert_same(tmp_path, trainer, 5)
+    assert_same_clients(tmp_path, trainer)
+
+
+def test_nothing_of_the_local_half_is_sent(tmp_path):
+    grid = run(tmp_path, Scaffold())
+    shared = load_file(tmp_path / "server" / "model" / "adapter_model.safetensors")
+    wire = b"".join(payload_of(m) for m in grid.wire)
+    assert sum(t.nbytes for t in shared.values()) > 0
+    assert len(wire) == history(tmp_path).total_bytes
+    for message in grid.wire:
+        records = {n: set(r) for n, r in message.content.items() if n != "payload"}
+        assert records in (
+            {"job": {"run", "round", "kept", "needed"}},
+            {"answer": {"round", "reason", "message"}, "metrics": {"num_examples", "train_loss"}},
+        )
+    looked = 0
+    for client in range(task.CLIENTS):
+        state = DiskStore(run_folder(tmp_path, client)).get(client)
+        for tensor in state.local.values():
+            values = tensor.contiguous().numpy().tobytes()
+            for start in range(0, len(values) - 8, 8):
+                looked += 1
+                assert values[start : start + 8] not in wire
+    assert looked > 100
+
+
+def test_without_flower_the_error_says_what_to_install():
+    code = (
+        "import sys; sys.modules['flwr'] = None; import fedpara_peft\n"
+        "import fedpara_peft.integrations.flower"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'fedpara-peft[flower]'" in found.stderr
+    code = "import sys, fedpara_peft; sys.exit('flwr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
