@@ -40,6 +40,7 @@ class Turn:
         round: rounds completed.
         seen: the part of the broadcast that trains in this round.
         kept: what the strategy keeps for the client.
+        residual: what its codec has lost so far.
         correction: what the strategy adds to its gradients.
     """
 
@@ -47,6 +48,7 @@ class Turn:
     round: int
     seen: Broadcast
     kept: Mapping[str, State]
+    residual: State
     correction: Correction | None
 
 
@@ -170,7 +172,7 @@ class LocalTrainer:
         active = [n for n in self.shared if n not in resting]
         seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
         correction = self._strategy.correction(seen, kept)
-        return Turn(client, round, seen, kept, correction)
+        return Turn(client, round, seen, kept, {} if state is None else state.residual, correction)
 
     def end(
         self,
@@ -197,7 +199,7 @@ class LocalTrainer:
         keeps, sends = self._strategy.next_client_state(turn.seen, active, moved, steps)
         keeps = {g: _at_rest({**turn.kept.get(g, {}), **s}) for g, s in keeps.items()}
         sent = ClientUpdate(turn.client, num_examples, update, loss, sends)
-        return sent, ClientState(_at_rest(local), keeps)
+        return sent, ClientState(_at_rest(local), keeps, turn.residual)
 
     def _placed(self, kept: Mapping[str, State]) -> dict[str, State]:
         """What a client keeps, where its tensors train."""

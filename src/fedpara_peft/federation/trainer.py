@@ -315,12 +315,10 @@ class FederatedTrainer:
         opened: OpenRound,
     ) -> Outcome:
         """Take what a client trained through the channel."""
-        number, size, before = opened.number, None, self._store.get(client)
+        number, size = opened.number, None
         try:
             update, state = engine()
             size = self._channel.format("uplink", update.update, update.extra).size
-            if before is not None:
-                state = dataclasses.replace(state, residual=before.residual)
             update, state, _ = self._channel.uplink(update, state, number)
             update = self._server.checked(update)
         except PayloadError as error:
