@@ -14,7 +14,7 @@ DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_clien
 .PHONY: help install demo federation test test-slow lint type check bench fmt clean
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
 # torch goes in first and alone: its CPU build, where the registry offers one, satisfies the rest.
 $(STAMP): pyproject.toml constraints.txt
