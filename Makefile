@@ -4,16 +4,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := $(VENV)/.installed-tests
+FLOWER := $(VENV)/.installed-flower
 
 .DEFAULT_GOAL := help
 # The demo's settings; the learning rate suits all three models.
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo test test-slow lint type check bench bench-mnist fmt clean
+.PHONY: help install demo federation test test-slow lint type check bench bench-mnist fmt clean
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
 # torch goes in first and alone: its CPU build, where the registry offers one, satisfies the rest.
 $(STAMP): pyproject.toml constraints.txt
@@ -26,11 +27,18 @@ $(TESTS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $(TESTS)
 
+$(FLOWER): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,flower]'
+	touch $(FLOWER)
+
 install: $(STAMP)  ## Set up .venv with the tested versions
 
 demo: $(STAMP)  ## Train, save, reload and merge a federated FedPara model on real digits (minutes)
 	$(BIN)/python examples/digits_demo.py --output_dir outputs/digits $(DEMO)
 	$(BIN)/python examples/digits_reload.py outputs/digits
+
+federation: $(FLOWER)  ## A federation of real processes on this machine: TLS, keys, three nodes (minutes)
+	$(BIN)/python examples/flower/federation.py --output_dir outputs/flower
 
 lint: $(TESTS)  ## Style, docstrings and imports
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from personalize_mnist import METHODS, PersonalArguments, load_images, train
 
 from fedpara_peft import FederatedArguments
 
-GRID = (0.05, 0.1, 0.2)
+GRID = (0.1, 0.2, 0.4, 0.8)
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2)
 SETTINGS = {

@@ -1,15 +1,22 @@
 """Flower: the same run as the simulation's, bit for bit, whoever fails to answer."""
 
 import dataclasses
+import importlib
 import itertools
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fedpara_peft import (
+    ArgumentsError,
     FedAdam,
     FedAvg,
     FederatedTrainer,
@@ -152,6 +159,8 @@ def assert_same_clients(tmp_path, trainer):
         (FedAvg(), INT8),
         (Scaffold(), {**INT8, "clients_per_round": 2, "client_sampling": "weighted"}),
         (FedAdam(), {"factor_schedule": "one_block", "aggregation": "median"}),
+        (FedAvg(), {"uplink_codec": "int8", "error_feedback": True}),
+        (FedAvg(), {"downlink_codec": "float16", "error_feedback": True}),
         (LocalOnly(), {}),
     ],
 )
@@ -322,6 +331,66 @@ def test_nothing_of_the_local_half_is_sent(tmp_path):
                 looked += 1
                 assert values[start : start + 8] not in wire
     assert looked > 100
+
+
+def test_a_worker_serves_all_messages_and_is_replaced_when_killed(tmp_path):
+    args = task.arguments(tmp_path / "server", save_every=1, **INT8)
+    apps = [client_app(task.model_fn, task.data_fn, args) for _ in range(task.CLIENTS)]
+    apps[0] = client_app(task.model_fn, task.data_fn, args, worker=True, worker_idle_s=3.0)
+    seen = []
+
+    def kill(message, reply):
+        client, round = message.metadata.dst_node_id - 100, message.content["job"]["round"]
+        if client == 0:
+            (endpoint,) = (tmp_path / "node-100" / "client-0" / "worker").glob("*.json")
+            assert endpoint.stat().st_mode & 0o077 == 0
+            assert endpoint.parent.stat().st_mode & 0o077 == 0
+            seen.append(json.loads(endpoint.read_text())["process"])
+            if round == 1:
+                os.kill(seen[-1], signal.SIGKILL)
+        return [reply]
+
+    run(tmp_path, spoil=kill, apps=apps, deadline_s=60.0, save_every=1, **INT8)
+    trainer = simulate(tmp_path, **INT8)
+    assert_same(tmp_path, trainer)
+    assert_same_clients(tmp_path, trainer)
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    end = time.monotonic() + 30
+    while list(tmp_path.rglob("worker/*.json")) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not list(tmp_path.rglob("worker/*.json"))  # idle, they ended
+
+
+def test_a_worker_needs_functions_that_it_can_import(tmp_path):
+    args = task.arguments(tmp_path / "server")
+    app = client_app(lambda: task.model_fn(), task.data_fn, args, worker=True)
+    grid = LocalGrid([app], tmp_path)
+    with pytest.raises(ArgumentsError, match="worker=False"):
+        app(Message(RecordDict(), 100, "query"), grid.context(100))
+
+
+@pytest.mark.slow
+def test_real_processes_on_loopback_end_as_the_simulation_does(tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    example = root / "examples" / "flower"
+    path = os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, example / "federation.py", "--output_dir", tmp_path, "--num_rounds", "2"],
+        env={**os.environ, "PYTHONPATH": path}, check=True, timeout=120,
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(str(example))
+    digits = importlib.import_module("digits_app.task")
+    folder = tmp_path / "simulated"
+    args = digits.arguments({"output-dir": str(folder), "num-rounds": 2})
+    trainer = FederatedTrainer(
+        digits.model_fn(), args, digits.clients(), digits.test_set(), compute_metrics=accuracy
+    )
+    trainer.train()
+    assert_same(tmp_path, trainer, 2)
+    for client in range(digits.NUM_CLIENTS):
+        (kept,) = (tmp_path / f"node-{client}" / f"client-{client}").glob("run-*")
+        ours, theirs = DiskStore(kept).get(client), trainer._store.get(client)
+        assert all(torch.equal(ours.local[name], theirs.local[name]) for name in theirs.local)
 
 
 def test_without_flower_the_error_says_what_to_install():

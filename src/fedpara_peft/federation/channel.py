@@ -102,15 +102,16 @@ class Channel:
         form = self.format("downlink", server.params, extra)
         if not form.schema or (isinstance(form.codec, Identity) and not encode):
             return Sent(Broadcast(server.params, extra), server, form.size, None)
+        feedback = self._feeds_back(form)
         generator = torch_generator(self._seed, server.round, "downlink codec")
         payload, received, lost = encode_with_feedback(
             form,
             self.joined(server.params, extra),
-            server.residual if self._feedback else {},
+            server.residual if feedback else {},
             server.round,
             generator,
         )
-        if self._feedback:
+        if feedback:
             server = dataclasses.replace(server, residual=lost)
         broadcast = Broadcast(*self.parted(received, server.params, extra))
         return Sent(broadcast, server, payload.size, payload)
@@ -132,16 +133,21 @@ class Channel:
         form = self.format("uplink", update.update, update.extra)
         if not form.schema or (isinstance(form.codec, Identity) and not encode):
             return update, state, None
+        feedback = self._feeds_back(form)
         generator = torch_generator(self._seed, round, update.client, "uplink codec")
-        residual = state.residual if self._feedback else {}
+        residual = state.residual if feedback else {}
         sent = self.joined(update.update, update.extra)
         payload, received, lost = encode_with_feedback(form, sent, residual, round, generator)
-        if self._feedback:
+        if feedback:
             # Names that did not travel this round keep what was lost before.
             kept = {**residual, **{name: tensor.cpu() for name, tensor in lost.items()}}
             state = dataclasses.replace(state, residual=kept)
         moved, extra = self.parted(received, update.update, update.extra)
         return dataclasses.replace(update, update=moved, extra=extra), state, payload
+
+    def _feeds_back(self, form: Format) -> bool:
+        """Whether a codec may lose something; the identity has nothing to make up for."""
+        return self._feedback and not isinstance(form.codec, Identity)
 
 
 def uplink_like(strategy: Strategy, part: ServerState) -> tuple[State, dict[str, State]]:

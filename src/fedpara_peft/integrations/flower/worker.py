@@ -33,6 +33,9 @@ from .node import Answer, Job, Node, NodeSetup, client_folder
 
 _MAIN = "from fedpara_peft.integrations.flower.worker import main; main()"
 _START_S = 300.0
+# Workers that this process started and never waits for; kept so that the system's records of those
+# that ended can be cleared.
+_STARTED: list[subprocess.Popen[bytes]] = []
 _GONE = (OSError, EOFError, AuthenticationError, ValueError)
 
 
@@ -105,7 +108,8 @@ def main() -> None:
     folder = tempfile.mkdtemp(prefix="fedpara-")  # a short path: sockets' may not be long
     key = secrets.token_bytes(32)
     with Listener(f"{folder}/socket", "AF_UNIX", backlog=16, authkey=key) as listener:
-        _write_private(endpoint, {"address": f"{folder}/socket", "key": key.hex()})
+        facts_to_call = {"address": f"{folder}/socket", "key": key.hex(), "process": os.getpid()}
+        _write_private(endpoint, facts_to_call)
         watch = _Watch(endpoint, folder, facts["guardian"], facts["idle_s"])
         while True:
             try:
@@ -186,6 +190,7 @@ def _start(program: bytes, endpoint: Path) -> None:
             stderr=output,
             start_new_session=True,  # it outlives the process of this message
         )
+    _STARTED[:] = [process, *(former for former in _STARTED if former.poll() is None)]
     assert process.stdin is not None
     with suppress(BrokenPipeError), process.stdin as pipe:  # it may have ended: its log says why
         pipe.write(program)
@@ -204,7 +209,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write_private(path: Path, facts: dict[str, str]) -> None:
+def _write_private(path: Path, facts: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump(facts, file)
