@@ -66,6 +66,7 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/many_clients.py
 	$(BIN)/python benchmarks/federation_speed.py
+	$(BIN)/python benchmarks/engines.py
 
 bench-mnist: $(TESTS)  ## Measure codecs and personal models on MNIST; DATA=folder or Hub id
 	$(BIN)/python benchmarks/personal_mnist.py --data $(or $(DATA),ylecun/mnist)
