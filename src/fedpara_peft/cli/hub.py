@@ -1,0 +1,123 @@
+"""Models and adapters by folder or Hub id; what goes wrong there, said in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from .errors import CommandError
+
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+
+
+@contextmanager
+def _explained(what: str, option: str) -> Iterator[None]:
+    """Name the option that helps when a Hub id cannot be resolved."""
+    try:
+        yield
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise CommandError(
+            f"{what!r} is no local folder, and not to be had from the Hub "
+            f"({str(error).strip().splitlines()[0]}): give {option} a folder on this machine, or, "
+            "with a network, set HF_HUB_OFFLINE=0 and HF_TOKEN if it is private"
+        ) from None
+
+
+def load_model_config(model: str, option: str) -> Any:
+    """The configuration of a transformers model.
+
+    Args:
+        model: folder, ``config.json``, or Hub id.
+        option: the argument it was given as, for the error.
+
+    Raises:
+        CommandError: there is none.
+    """
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CommandError(
+            f"{model} has no config.json: give {option} the folder of a transformers model"
+        )
+    try:
+        with _explained(model, option):
+            return AutoConfig.from_pretrained(model)
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        if isinstance(error, CommandError):
+            raise
+        raise CommandError(
+            f"{model} is no configuration that transformers knows: {error}"
+        ) from None
+
+
+def model_class(config: Any) -> Any:
+    """The class that the configuration's weights were saved from; a bare model if unknown."""
+    names = config.architectures or []
+    return next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model on the ``meta`` device: shapes, no weights."""
+    with torch.device("meta"):
+        return random_model(config)
+
+
+def random_model(config: Any) -> nn.Module:
+    """The model with fresh weights."""
+    cls = model_class(config)
+    return cls(config) if cls is not None else AutoModel.from_config(config)
+
+
+def load_model(model: str, option: str) -> nn.Module:
+    """The model with its weights."""
+    cls = model_class(load_model_config(model, option)) or AutoModel
+    with _explained(model, option):
+        return cls.from_pretrained(model)
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The local folder of an adapter; fetched if it is a Hub id.
+
+    Raises:
+        CommandError: there is no adapter there.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        with _explained(adapter, "ADAPTER"):
+            folder = Path(snapshot_download(adapter, allow_patterns=_ADAPTER_FILES))
+    missing = [name for name in _ADAPTER_FILES[:2] if not (folder / name).is_file()]
+    if missing:
+        inner = sorted(str(p.parent) for p in folder.glob("*/adapter_config.json"))
+        hint = f"; did you mean {inner[0]}?" if inner else ": give a folder that PEFT saved"
+        raise CommandError(f"{adapter} holds no adapter ({' and '.join(missing)} missing){hint}")
+    return folder
+
+
+def adapter_config(folder: Path) -> Any:
+    """The adapter's configuration, of whatever method.
+
+    Raises:
+        CommandError: it is not one.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{folder}/adapter_config.json cannot be read: {error}") from None
+
+
+def give_memory_to_trained(model: nn.Module) -> None:
+    """Replace what an adapter trains on the ``meta`` device by NaN in main memory."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_meta and p.requires_grad:
+                setattr(module, name, nn.Parameter(torch.full_like(p, torch.nan, device="cpu")))

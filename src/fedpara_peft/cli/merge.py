@@ -1,0 +1,69 @@
+"""``fedpara merge``: the plain transformers model that an adapter makes of its base."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..comm.state import load_local
+from ..tuner.config import FedParaConfig
+from .arguments import new_parser
+from .errors import CommandError
+from .hub import adapter_config, adapter_folder, load_model, load_model_config, random_model
+
+_EXAMPLES = """\
+examples:
+  fedpara merge ./adapter --base ./my-model --output ./merged
+
+  # pFedPara: one client's own model
+  fedpara merge ./shared --local ./mine --base ./my-model --output ./merged-mine
+
+The result needs neither this package nor PEFT. With base_weight="replaced" the base's weights are
+not read, only its configuration.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = new_parser(commands, "merge", "write the merged, plain model", _EXAMPLES, run)
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    parser.add_argument("--base", required=True, metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where to write; new")
+    parser.add_argument(
+        "--local", metavar="FOLDER", help="a client's local half, as save_local wrote it"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge and save."""
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"{output} exists: give --output a new folder")
+    folder = adapter_folder(args.adapter)
+    config = adapter_config(folder)
+    if not isinstance(config, FedParaConfig):
+        raise CommandError(f"{args.adapter} is no FedPara adapter: merge it with PEFT itself")
+    if config.base_weight == "replaced":
+        base = random_model(load_model_config(args.base, "--base"))
+    else:
+        base = load_model(args.base, "--base")
+    try:
+        # Trainable, for only then does a model have a local half that can be loaded.
+        model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except RuntimeError as error:  # torch's, of shapes that differ
+        raise CommandError(
+            f"{args.adapter} does not fit {args.base} ({' '.join(str(error).split())[:200]}): "
+            "give --base the model it was trained on"
+        ) from None
+    if args.local is not None:
+        load_local(model, args.local)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(output)
+    print(
+        f"{output}: {type(merged).__name__}, {sum(p.numel() for p in merged.parameters()):,} values"
+    )
+    if config.parameterization == "pfedpara" and args.local is None:
+        print("this is the shared model; --local makes a client's own of it")

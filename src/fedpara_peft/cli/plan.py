@@ -1,0 +1,167 @@
+"""``fedpara plan``: what a federated run of a model will send, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from peft import get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
+
+from ..comm.ledger import PAPER_MEGABITS_PER_S
+from ..federation import strategies
+from ..federation.arguments import FederatedArguments
+from ..federation.plan import Plan, plan
+from ..tuner.config import FedParaConfig
+from ..tuner.summary import fedpara_summary
+from .arguments import duration, in_units, new_parser
+from .errors import CommandError
+from .hub import empty_model, load_model_config
+
+_STRATEGIES: dict[str, Callable[[], strategies.Strategy]] = {
+    "fedavg": strategies.FedAvg,
+    "fedavgm": strategies.FedAvgM,
+    "fedprox": strategies.FedProx,
+    "scaffold": strategies.Scaffold,
+    "feddyn": strategies.FedDyn,
+    "fedadam": strategies.FedAdam,
+    "fedyogi": strategies.FedYogi,
+    "fedadagrad": strategies.FedAdagrad,
+    "localonly": strategies.LocalOnly,
+}
+
+_EXAMPLES = """\
+examples:
+  # train from scratch, ranks from the rank ratio
+  fedpara plan ./my-model --base-weight replaced --gamma 0.1 --rounds 100 --clients 50 \\
+      --clients-per-round 5
+
+  # fine-tune with adapters of rank 8 on two kinds of layer; updates sent as int8
+  fedpara plan ./my-model --r 8 --target-modules q_proj,v_proj --uplink-codec int8
+
+  # a config.json is enough: no weights are loaded
+  fedpara plan ./config.json --r 4
+
+Bytes are those the trainer then counts, if no client drops out.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = new_parser(
+        commands, "plan", "predict parameters, bytes and time of a run", _EXAMPLES, run
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, config.json or Hub id")
+    parser.add_argument(
+        "--method", choices=("fedpara", "pfedpara", "lowrank"), default="fedpara",
+        help="parameterization (default: fedpara)",
+    )  # fmt: skip
+    rank = parser.add_mutually_exclusive_group()
+    rank.add_argument("--r", type=int, default=8, help="inner rank (default: 8)")
+    rank.add_argument("--gamma", type=float, help="rank ratio in [0, 1], instead of --r")
+    parser.add_argument(
+        "--base-weight", choices=("frozen", "replaced"), default="frozen",
+        help="frozen: fine-tune; replaced: train from scratch (default: frozen)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-modules", default="all-linear", metavar="NAMES",
+        help="comma-separated names, all-linear or all-supported (default: all-linear)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=100, help="default: 100")
+    parser.add_argument("--clients", type=int, default=100, help="population (default: 100)")
+    parser.add_argument(
+        "--clients-per-round", type=int, help="cohort (default: a tenth of the clients)"
+    )
+    parser.add_argument(
+        "--uplink-codec", default="identity", metavar="CODEC",
+        help="identity, float16, bfloat16, int8, int4, topk:FRACTION, or joined by '+'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--downlink-codec", default="identity", metavar="CODEC", help="likewise, but topk"
+    )
+    parser.add_argument("--strategy", choices=tuple(_STRATEGIES), default="fedavg")
+    parser.add_argument(
+        "--joules-per-bit", type=float, metavar="J",
+        help="print energy too; there is no default, since sources differ by orders of magnitude",
+    )  # fmt: skip
+    parser.add_argument(
+        "--megabits-per-s", type=float, nargs="+", default=list(PAPER_MEGABITS_PER_S),
+        metavar="MBIT", help="a client's bandwidths (default: the paper's 2, 10 and 50)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan."""
+    if args.clients < 1:
+        raise CommandError(f"--clients must be at least 1, got {args.clients}")
+    for name, values in (
+        ("--megabits-per-s", args.megabits_per_s),
+        ("--joules-per-bit", [] if args.joules_per_bit is None else [args.joules_per_bit]),
+    ):
+        if any(not value > 0 for value in values):
+            raise CommandError(f"{name} must be positive, got {min(values):g}")
+    run_args = FederatedArguments(
+        output_dir="",
+        num_rounds=args.rounds,
+        clients_per_round=args.clients_per_round or max(1, args.clients // 10),
+        uplink_codec=args.uplink_codec,
+        downlink_codec=args.downlink_codec,
+    )
+    strategy = _STRATEGIES[args.strategy]()
+    model_config = load_model_config(args.model, "MODEL")
+    config = FedParaConfig(
+        r=args.r,
+        gamma=args.gamma,
+        parameterization=args.method,
+        base_weight=args.base_weight,
+        target_modules=_targets(args.target_modules),
+    )
+    dense = plan(empty_model(model_config), run_args, args.clients, strategy)
+    try:
+        model = get_peft_model(empty_model(model_config), config)
+    except NoMatchingPeftModuleError as error:
+        raise CommandError(f"{error} Name others with --target-modules.") from None
+    planned = plan(model, run_args, args.clients, strategy)
+    summary = fedpara_summary(model)
+    print(f"{args.model}: {type(model.get_base_model()).__name__}, {dense.num_values:,} values\n")
+    print(summary)
+    print()
+    _print_bytes(planned, dense, args.rounds)
+    for bandwidth in args.megabits_per_s:
+        print(
+            f"transfers at {bandwidth:g} Mbit/s: {duration(planned.total_s(bandwidth))} "
+            f"(dense {duration(dense.total_s(bandwidth))}), computing left out"
+        )
+    if args.joules_per_bit is not None:
+        ours, theirs = (p.energy_j(args.joules_per_bit) for p in (planned, dense))
+        print(
+            f"energy of transfers at {args.joules_per_bit:g} J/bit: {ours:,.4g} J "
+            f"(dense {theirs:,.4g} J)"
+        )
+
+
+def _targets(text: str) -> str | list[str]:
+    if text in ("all-linear", "all-supported"):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _print_bytes(planned: Plan, dense: Plan, rounds: int) -> None:
+    """Bytes of a client, a round and the run, against training the whole dense model."""
+    down, up = sum(planned.downlink_bytes), sum(planned.uplink_bytes)
+    print(
+        f"{planned.num_values:,} values are communicated, {rounds} rounds of "
+        f"{planned.cohort_size} of {planned.num_clients} clients"
+    )
+    if not rounds:
+        return
+    cohort = planned.cohort_size
+    print(f"a client and round: {in_units(down / rounds)} down, {in_units(up / rounds)} up")
+    print(
+        f"a round:            {in_units(cohort * down / rounds)} down, "
+        f"{in_units(cohort * up / rounds)} up"
+    )
+    total, whole = planned.total_bytes, dense.total_bytes
+    share = f", the dense model {in_units(whole)} ({total / whole:.1%})" if whole else ""
+    print(f"the run:            {in_units(total)}{share}")

@@ -1,0 +1,258 @@
+"""Every subcommand on a small Llama, in this process."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import LoHaConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tests.zoo import randomize
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from fedpara_peft import FederatedArguments, FedParaConfig, Scaffold, plan, save_local
+from fedpara_peft.cli import main
+
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "vocab_size": 50,
+    "num_attention_heads": 4,
+    "architectures": ["LlamaForCausalLM"],
+}
+IDS = torch.arange(10)[None]
+
+
+@pytest.fixture(autouse=True)
+def _transformers_own_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    return folder
+
+
+def adapter(base, folder, **config):
+    """A trained adapter in a folder, and its model."""
+    config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), FedParaConfig(**config))
+    randomize(model).eval().save_pretrained(folder)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def refused(capsys, *argv):
+    """The one line that a command refuses with."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fedpara: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_plan_prints_what_the_planner_says(base, capsys, base_weight):
+    options = "--gamma 0.3 --rounds 7 --clients 30 --clients-per-round 4 --strategy scaffold "
+    options += "--uplink-codec int8 --megabits-per-s 5 --joules-per-bit 1e-7"
+    argv = ["plan", str(base / "config.json"), "--base-weight", base_weight, *options.split()]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    model = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**CONFIG)),
+        FedParaConfig(gamma=0.3, base_weight=base_weight, target_modules="all-linear"),
+    )
+    args = FederatedArguments("", num_rounds=7, clients_per_round=4, uplink_codec="int8")
+    expected = plan(model, args, 30, Scaffold())
+    assert f"{expected.num_values:,} values are communicated, 7 rounds of 4 of 30" in out
+    assert f"the run:            {expected.total_bytes / 1e6:,.2f} MB, the dense model" in out
+    assert f"at 5 Mbit/s: {expected.total_s(5.0):.3g} s" in out
+    assert f"1e-07 J/bit: {expected.energy_j(1e-7):.4g} J" in out
+    assert "model.layers.0.mlp.up_proj" in out
+
+
+def test_energy_is_printed_only_with_a_figure_for_it(base, capsys):
+    assert main(["plan", str(base), "--r", "2", "--target-modules", "q_proj,v_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "energy" not in out
+    assert out.count("_proj") == 2
+    assert "10 of 100 clients" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--r", "0"], "positive integer"),
+        (["--gamma", "2"], "gamma"),
+        (["--clients", "2", "--clients-per-round", "3"], "only 2 clients"),
+        (["--clients", "0"], "--clients"),
+        (["--rounds", "-1"], "num_rounds"),
+        (["--uplink-codec", "zip"], "unknown codec"),
+        (["--target-modules", "nothing"], "--target-modules"),
+        (["--megabits-per-s", "0"], "must be positive"),
+    ],
+)
+def test_plan_refuses_in_one_line(base, capsys, options, says):
+    assert says in refused(capsys, "plan", base, *options)
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    assert "give MODEL a folder on this machine" in refused(capsys, "plan", "no/such-model")
+    assert "has no config.json" in refused(capsys, "plan", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    assert "no configuration that transformers knows" in refused(capsys, "plan", tmp_path)
+    assert "give ADAPTER a folder" in refused(capsys, "inspect", "no/such-adapter")
+    assert "holds no adapter" in refused(capsys, "inspect", tmp_path)
+
+
+def test_inspect(base, tmp_path, capsys):
+    model = adapter(base, tmp_path / "a", rank_pattern={"q_proj": 2}, alpha=8)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    state = load_file(tmp_path / "a/adapter_model.safetensors")
+    count = sum(t.numel() for t in state.values())
+    assert re.search(rf"total +{len(state)} +{count:,} +{4 * count / 1e3:.2f} kB", out)
+    assert re.search(r"self_attn.q_proj +2 ", out)
+    assert re.search(r"self_attn.k_proj +4 ", out)
+    assert "alpha: 8" in out
+    assert "needs the base model" in out
+    assert "local" not in out
+    assert count == model.get_nb_trainable_parameters()[0]
+
+
+def test_inspect_says_what_is_missing(base, tmp_path, capsys):
+    model = adapter(base, tmp_path / "a", parameterization="pfedpara", base_weight="replaced")
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert "local, so not in this adapter: W₂ of every layer" in out
+    assert "merging needs only its configuration" in out
+    save_local(model, tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert "do not push this folder" in capsys.readouterr().out
+
+
+def test_inspect_of_a_broken_file(base, tmp_path, capsys):
+    adapter(base, tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
+    assert "no safetensors file" in refused(capsys, "inspect", tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3}))
+    assert "cannot be read" in refused(capsys, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_merge(base, tmp_path, capsys, base_weight):
+    model = adapter(base, tmp_path / "a", base_weight=base_weight)
+    argv = ["merge", tmp_path / "a", "--base", base, "--output", tmp_path / "merged"]
+    assert main([str(a) for a in argv]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(model), atol=1e-4)
+    assert "give --output a new folder" in refused(capsys, *argv)
+
+
+def test_merge_of_a_personal_model(base, tmp_path, capsys):
+    model = adapter(base, tmp_path / "a", parameterization="pfedpara")
+    save_local(model, tmp_path / "mine")
+    argv = ["merge", str(tmp_path / "a"), "--base", str(base), "--output", str(tmp_path / "m")]
+    assert main(argv) == 0
+    assert "shared model" in capsys.readouterr().out
+    argv[-1] += "2"
+    assert main([*argv, "--local", str(tmp_path / "mine")]) == 0
+    assert "shared model" not in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m2")
+    assert torch.allclose(logits(merged), logits(model), atol=1e-4)
+
+
+def test_merge_with_another_base(base, tmp_path, capsys):
+    adapter(base, tmp_path / "a")
+    LlamaForCausalLM(LlamaConfig(**{**CONFIG, "hidden_size": 32})).save_pretrained(tmp_path / "b")
+    argv = ["merge", tmp_path / "a", "--base", tmp_path / "b", "--output", tmp_path / "m"]
+    assert "give --base the model it was trained on" in refused(capsys, *argv)
+    assert not (tmp_path / "m").exists()
+    argv = ["convert", "--to", "lora", tmp_path / "a", tmp_path / "m", "--base", tmp_path / "b"]
+    assert "give --base the model it was trained on" in refused(capsys, *argv)
+
+
+def test_convert_there_and_back(base, tmp_path, capsys):
+    model = adapter(base, tmp_path / "a")
+    config = base / "config.json"
+
+    def convert(to, source, target, *options):
+        argv = ["convert", "--to", to, tmp_path / source, tmp_path / target, *options]
+        assert main([str(a) for a in argv]) == 0
+        return PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), str(tmp_path / target)
+        )
+
+    for converted in (
+        convert("lora", "a", "lora", "--base", config),
+        convert("loha", "a", "loha", "--base", config),
+        convert("fedpara", "loha", "back"),
+        convert("lora", "loha", "lora2", "--base", config),
+    ):
+        assert torch.allclose(logits(converted), logits(model), atol=1e-4)
+    assert "LORA of rank 16" in capsys.readouterr().out
+
+
+def test_convert_of_a_personal_model(base, tmp_path, capsys):
+    model = adapter(base, tmp_path / "a", parameterization="pfedpara")
+    save_local(model, tmp_path / "mine")
+    argv = ["convert", "--to", "lora", tmp_path / "a", tmp_path / "lora", "--base", base]
+    assert "no personal half" in refused(capsys, *argv)
+    assert main([str(a) for a in [*argv, "--local", tmp_path / "mine"]]) == 0
+    lora = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "lora")
+    )
+    assert torch.allclose(logits(lora), logits(model), atol=1e-4)
+
+
+def test_convert_refuses_in_one_line(base, tmp_path, capsys):
+    adapter(base, tmp_path / "a")
+    adapter(base, tmp_path / "r", base_weight="replaced")
+    get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**CONFIG)), LoHaConfig(target_modules=["q_proj"])
+    ).save_pretrained(tmp_path / "loha")
+    new = tmp_path / "new"
+    for to, source, says in (
+        ("lora", "a", "--base"),
+        ("fedpara", "a", "already"),
+        ("loha", "loha", "already"),
+        ("lora", "r", "fedpara merge"),
+    ):
+        assert says in refused(capsys, "convert", "--to", to, tmp_path / source, new)
+    taken = ["convert", "--to", "lora", tmp_path / "a", tmp_path / "r", "--base", base]
+    assert "give OUT a new folder" in refused(capsys, *taken)
+    assert not new.exists()
+
+
+def test_help_has_examples(capsys):
+    for command in ([], ["plan"], ["inspect"], ["merge"], ["convert"]):
+        with pytest.raises(SystemExit) as done:
+            main([*command, "--help"])
+        assert done.value.code == 0
+        assert "examples:\n  " in capsys.readouterr().out
+
+
+def test_as_a_process(base):
+    code = "import sys; from fedpara_peft.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(base), "--r", "0"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
