@@ -45,6 +45,7 @@ from .population import Population
 from .sampling import share_out
 from .schedule import factor_blocks
 from .server import OpenRound, RoundServer
+from .settings import run_settings, save_settings
 from .state import Outcome, Refused, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
@@ -146,7 +147,8 @@ class FederatedTrainer:
                 newer ones are removed.
 
         Returns:
-            The history, also written to ``output_dir/history.json``.
+            The history, also written to ``output_dir/history.json``; the settings are in
+            ``settings.json`` beside it.
 
         Raises:
             RoundError: a client's training diverged; the model holds the last good global state.
@@ -154,6 +156,8 @@ class FederatedTrainer:
         """
         self._init_trackers()
         server, reports = self._start(resume_from_checkpoint)
+        if self._is_main:
+            save_settings(self.args.output_dir, self._described())
         callbacks = self.callbacks if self._is_main else []
         for callback in callbacks:
             callback.on_train_begin(server)
@@ -420,6 +424,11 @@ class FederatedTrainer:
             "clients": [len(self.population), sum(self.population.num_examples)],
             "model": digest(schema_of(_everything(self._local))),
         }
+
+    def _described(self) -> dict[str, Any]:
+        """The settings for whoever reads the folder later."""
+        values = sum(t.numel() for t in self._local.shared.values())
+        return run_settings(self.args, self.strategy, self.population.num_examples, values)
 
     def _new_store(self) -> ClientStore:
         disk = DiskStore(self._store_folder)
