@@ -80,7 +80,10 @@ def test_plan_prints_what_the_planner_says(base, capsys, base_weight):
     args = FederatedArguments("", num_rounds=7, clients_per_round=4, uplink_codec="int8")
     expected = plan(model, args, 30, Scaffold())
     assert f"{expected.num_values:,} values are communicated, 7 rounds of 4 of 30" in out
-    assert f"the run:            {expected.total_bytes / 1e6:,.2f} MB, the dense model" in out
+    assert (
+        f"the run:            {expected.total_bytes / 1e6:,.2f} MB, the dense model sent alike"
+        in out
+    )
     assert f"at 5 Mbit/s: {expected.total_s(5.0):.3g} s" in out
     assert f"1e-07 J/bit: {expected.energy_j(1e-7):.4g} J" in out
     assert "model.layers.0.mlp.up_proj" in out
@@ -240,7 +243,7 @@ def test_convert_refuses_in_one_line(base, tmp_path, capsys):
 
 
 def test_help_has_examples(capsys):
-    for command in ([], ["plan"], ["inspect"], ["merge"], ["convert"]):
+    for command in ([], ["plan"], ["inspect"], ["merge"], ["convert"], ["report"]):
         with pytest.raises(SystemExit) as done:
             main([*command, "--help"])
         assert done.value.code == 0

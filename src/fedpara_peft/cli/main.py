@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from transformers.utils import logging
 
 from ..maths.errors import FedParaError
-from . import convert, inspect, merge, plan
+from . import convert, inspect, merge, plan, report
 
-_COMMANDS = (plan, inspect, merge, convert)
+_COMMANDS = (plan, inspect, merge, convert, report)
 
 _EXAMPLES = """\
 examples:
@@ -21,6 +21,7 @@ examples:
   fedpara inspect ./adapter
   fedpara merge ./adapter --base ./my-model --output ./merged
   fedpara convert --to lora ./adapter ./lora --base ./my-model
+  fedpara report ./outputs/run
 
 A model or adapter is a local folder or an id on the Hub. Every command has its own --help.
 """

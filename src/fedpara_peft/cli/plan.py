@@ -163,5 +163,5 @@ def _print_bytes(planned: Plan, dense: Plan, rounds: int) -> None:
         f"{in_units(cohort * up / rounds)} up"
     )
     total, whole = planned.total_bytes, dense.total_bytes
-    share = f", the dense model {in_units(whole)} ({total / whole:.1%})" if whole else ""
+    share = f", the dense model sent alike {in_units(whole)} ({total / whole:.1%})" if whole else ""
     print(f"the run:            {in_units(total)}{share}")

@@ -48,6 +48,7 @@ from .population import Population
 from .sampling import share_out
 from .schedule import factor_blocks
 from .server import OpenRound, RoundServer
+from .settings import describe_run, save_settings
 from .state import ClientState, ClientUpdate, Outcome, Refused, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
@@ -144,7 +145,8 @@ class FederatedTrainer:
                 newer ones are removed.
 
         Returns:
-            The history, also written to ``output_dir/history.json``.
+            The history, also written to ``output_dir/history.json``; the settings are in
+            ``settings.json`` beside it.
 
         Raises:
             RoundError: a client's training diverged; the model holds the last good global state.
@@ -152,6 +154,8 @@ class FederatedTrainer:
         """
         self._init_trackers()
         server, reports = self._start(resume_from_checkpoint)
+        if self._is_main:
+            save_settings(self.args.output_dir, self._described())
         callbacks = self.callbacks if self._is_main else []
         for callback in callbacks:
             callback.on_train_begin(server)
@@ -436,6 +440,11 @@ class FederatedTrainer:
                 f"engine='batched' is not possible: {obstacle}; use engine='sequential'"
             )
         return None if obstacle is not None else batched
+
+    def _described(self) -> dict[str, Any]:
+        """The settings for whoever reads the folder later."""
+        values = sum(t.numel() for t in self._local.shared.values())
+        return describe_run(self.args, self.strategy, self.population.num_examples, values)
 
     def _new_store(self) -> ClientStore:
         disk = DiskStore(self._store_folder)

@@ -1,0 +1,60 @@
+"""The settings of a run, written down for whoever reads its folder later."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .arguments import FederatedArguments
+from .strategies import Strategy
+
+#: File that the trainer writes into ``output_dir``.
+SETTINGS_NAME = "settings.json"
+_PACKAGES = ("fedpara-peft", "torch", "peft", "transformers", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return found
+
+
+def describe_run(
+    args: FederatedArguments, strategy: Strategy, num_examples: Sequence[int], num_values: int
+) -> dict[str, Any]:
+    """What a run was asked to do, as JSON has it.
+
+    Args:
+        args: its arguments.
+        strategy: its federated optimizer.
+        num_examples: of every client.
+        num_values: communicated values of the model.
+    """
+    arguments = asdict(args)
+    own = ", ".join(f"{name}={value!r}" for name, value in vars(strategy).items())
+    del arguments["output_dir"]  # the folder may be moved, and its path is nobody's business
+    return {
+        "strategy": f"{type(strategy).__name__}({own})",
+        "clients": len(num_examples),
+        "examples": sum(num_examples),
+        "communicated_values": num_values,
+        "arguments": arguments,
+        "versions": versions(),
+    }
+
+
+def save_settings(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """Write ``settings.json``."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=1) + "\n")
