@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel
 
 from .errors import CommandError
 
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @contextmanager
@@ -94,8 +94,9 @@ def adapter_folder(adapter: str) -> Path:
     folder = Path(adapter)
     if not folder.is_dir():
         with _explained(adapter, "ADAPTER"):
-            folder = Path(snapshot_download(adapter, allow_patterns=_ADAPTER_FILES))
-    missing = [name for name in _ADAPTER_FILES[:2] if not (folder / name).is_file()]
+            *_, last = (hf_hub_download(adapter, name) for name in _ADAPTER_FILES)
+            folder = Path(last).parent
+    missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         inner = sorted(str(p.parent) for p in folder.glob("*/adapter_config.json"))
         hint = f"; did you mean {inner[0]}?" if inner else ": give a folder that PEFT saved"

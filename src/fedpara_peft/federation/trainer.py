@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..comm.errors import PayloadError
 from ..comm.ledger import Ledger
 from ..comm.state import State
+from ..tuner.card import note_training
 from ..tuner.layer import FedParaLayer
 from .arguments import FederatedArguments
 from .averaging import AveragingBias
@@ -42,6 +43,7 @@ from .client import LocalTrainer, LossFunction
 from .errors import ArgumentsError, ResumeError
 from .evaluation import Evaluator, Metrics, over_clients
 from .exchange import everyones
+from .facts import training_facts
 from .history import History
 from .loss import default_loss
 from .population import Population
@@ -177,6 +179,9 @@ class FederatedTrainer:
                 bar.update()
         self._local.load(server.params)
         self.history = history = History(tuple(reports))
+        note_training(
+            self.model, training_facts(history, self.args, self.strategy, len(self.population))
+        )
         if self._is_main:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             history.save(Path(self.args.output_dir) / "history.json")

@@ -1,6 +1,7 @@
 """The PEFT tuner: configuration, factorized layers, the model that injects them."""
 
-from ._peft import register
+from ._peft import hook_into_cards, register
+from .card import write_card
 from .config import FedParaConfig
 from .convert import loha_to_fedpara, save_as_loha, save_as_lora
 from .jacobian import composed_weights, jacobian_correction
@@ -9,6 +10,7 @@ from .model import FedParaModel
 from .summary import fedpara_summary
 
 register(FedParaConfig, FedParaModel, FedParaLayer)
+hook_into_cards(write_card)
 
 __all__ = [
     "FedParaConfig",

@@ -6,8 +6,12 @@ PEFT registers methods by a member of its own enum, so a plug-in has to extend t
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.mixed import model as _mixed
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -36,6 +40,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "find_minimal_names",
     "get_pattern_key",
+    "hook_into_cards",
     "in_out_features",
     "is_excluded",
     "is_key_under_prefixes",
@@ -161,3 +166,29 @@ def _join_mixed_model(config_cls: Any, model_cls: Any, layer_cls: type) -> None:
 
     _mixed.MixedModel._create_and_replace = _create_and_replace
     _mixed.MixedModel._replace_module = _replace_module
+
+
+def hook_into_cards(
+    write: Callable[[PeftModel, str | os.PathLike[str], Callable[[], None]], None],
+) -> None:
+    """Have ``write(model, folder, stock)`` write the cards of PEFT models.
+
+    PEFT offers no hook: ``PeftModel`` writes its card when it saves, and transformers' ``Trainer``
+    calls the same method after it has put its own card there. ``push_to_hub`` puts a card of
+    transformers' over PEFT's after saving, so the card is written again before the upload.
+    """
+    stock_card = PeftModel.create_or_update_model_card
+    stock_upload = PeftModel._upload_modified_files
+
+    @functools.wraps(stock_card)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        write(self, output_dir, functools.partial(stock_card, self, output_dir))
+
+    @functools.wraps(stock_upload)
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(config.peft_type == FEDPARA for config in self.peft_config.values()):
+            self.create_or_update_model_card(str(working_dir))
+        return stock_upload(self, working_dir, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files

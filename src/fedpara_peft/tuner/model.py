@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -40,6 +41,9 @@ class FedParaModel(BaseTuner):
         config: a :class:`FedParaConfig`.
         adapter_name: name of the adapter.
 
+    Attributes:
+        training_facts: what its model cards tell of its training, as text by name.
+
     Raises:
         TargetError: the target names match nothing that can be factorized.
         UnsupportedLayerError: a target name matches a module of another kind. The model is
@@ -53,6 +57,7 @@ class FedParaModel(BaseTuner):
     prefix: str = "fedpara_"
     tuner_layer_cls = FedParaLayer
     target_module_mapping = DEFAULT_TARGETS
+    training_facts: Mapping[str, str] | None = None
 
     # Before injection: everything that can be refused is refused here, with the model untouched.
 
