@@ -104,6 +104,7 @@ def test_energy_is_printed_only_with_a_figure_for_it(base, capsys):
         (["--gamma", "2"], "gamma"),
         (["--clients", "2", "--clients-per-round", "3"], "only 2 clients"),
         (["--clients", "0"], "--clients"),
+        (["--clients-per-round", "0"], "clients_per_round"),
         (["--rounds", "-1"], "num_rounds"),
         (["--uplink-codec", "zip"], "unknown codec"),
         (["--target-modules", "nothing"], "--target-modules"),
@@ -116,6 +117,7 @@ def test_plan_refuses_in_one_line(base, capsys, options, says):
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
     assert "give MODEL a folder on this machine" in refused(capsys, "plan", "no/such-model")
+    assert "give MODEL a folder that exists" in refused(capsys, "plan", tmp_path / "nothing")
     assert "has no config.json" in refused(capsys, "plan", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     assert "no configuration that transformers knows" in refused(capsys, "plan", tmp_path)
@@ -152,7 +154,7 @@ def test_inspect_says_what_is_missing(base, tmp_path, capsys):
 def test_inspect_of_a_broken_file(base, tmp_path, capsys):
     adapter(base, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
-    assert "no safetensors file" in refused(capsys, "inspect", tmp_path)
+    assert "save or fetch it again" in refused(capsys, "inspect", tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3}))
     assert "cannot be read" in refused(capsys, "inspect", tmp_path)
 
@@ -240,6 +242,13 @@ def test_convert_refuses_in_one_line(base, tmp_path, capsys):
     taken = ["convert", "--to", "lora", tmp_path / "a", tmp_path / "r", "--base", base]
     assert "give OUT a new folder" in refused(capsys, *taken)
     assert not new.exists()
+
+
+def test_a_file_that_cannot_be_written(base, tmp_path, capsys):
+    adapter(base, tmp_path / "a")
+    (tmp_path / "file").touch()
+    argv = ["merge", tmp_path / "a", "--base", base, "--output", tmp_path / "file/merged"]
+    assert "file" in refused(capsys, *argv)
 
 
 def test_help_has_examples(capsys):

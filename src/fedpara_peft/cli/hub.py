@@ -13,17 +13,21 @@ import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from .errors import CommandError
 
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
 @contextmanager
 def _explained(what: str, option: str) -> Iterator[None]:
     """Name the option that helps when a Hub id cannot be resolved."""
+    if not Path(what).exists() and (Path(what).is_absolute() or what.startswith((".", "~"))):
+        raise CommandError(f"there is no {what}: give {option} a folder that exists, or a Hub id")
     try:
         yield
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -101,7 +105,14 @@ def adapter_folder(adapter: str) -> Path:
         inner = sorted(str(p.parent) for p in folder.glob("*/adapter_config.json"))
         hint = f"; did you mean {inner[0]}?" if inner else ": give a folder that PEFT saved"
         raise CommandError(f"{adapter} holds no adapter ({' and '.join(missing)} missing){hint}")
-    return folder
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt"):
+            return folder
+    except SafetensorError as error:
+        raise CommandError(
+            f"{adapter} has a {SAFETENSORS_WEIGHTS_NAME} that is none ({error}): save or fetch it "
+            "again"
+        ) from None
 
 
 def adapter_config(folder: Path) -> Any:

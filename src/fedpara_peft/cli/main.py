@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _quiet_dependencies():
             args.run(args)
-    except FedParaError as error:
+    except (FedParaError, OSError) as error:  # OSError: no permission, no space
         print(f"fedpara: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -101,10 +101,13 @@ def run(args: argparse.Namespace) -> None:
     ):
         if any(not value > 0 for value in values):
             raise CommandError(f"{name} must be positive, got {min(values):g}")
+    cohort = args.clients_per_round
+    if cohort is None:
+        cohort = max(1, args.clients // 10)
     run_args = FederatedArguments(
         output_dir="",
         num_rounds=args.rounds,
-        clients_per_round=args.clients_per_round or max(1, args.clients // 10),
+        clients_per_round=cohort,
         uplink_codec=args.uplink_codec,
         downlink_codec=args.downlink_codec,
     )
