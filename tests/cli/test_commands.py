@@ -155,6 +155,7 @@ def test_inspect_of_a_broken_file(base, tmp_path, capsys):
     adapter(base, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
     assert "save or fetch it again" in refused(capsys, "inspect", tmp_path)
+    adapter(base, tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3}))
     assert "cannot be read" in refused(capsys, "inspect", tmp_path)
 
