@@ -1,6 +1,5 @@
 """The measurements of the paper's claims: interrupted runs go on, rates are tuned once."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pictures of the tables; lines differ in stroke and marker, so that they read in black and white."""
+"""Pictures of the tables; stroke and marker tell lines apart in black and white too."""
 
 from __future__ import annotations
 

@@ -195,8 +195,11 @@ def strategies(scale: str, task: str, results: Results) -> str:
 def codec_cells(scale: str, task: str) -> list[Cell]:
     """FedPAQ: quantized uploads with FedPara and dense."""
     base = Cell(task, scale, "fedpara", gamma=DEFAULT_GAMMA[task])
-    return [replace(base, method=method, codec=codec)
-            for method in ("fedpara", "dense") for codec in ("identity", "int8", "int4")]  # fmt: skip
+    return [
+        replace(base, method=method, codec=codec)
+        for method in ("fedpara", "dense")
+        for codec in ("identity", "int8", "int4")
+    ]
 
 
 def codecs(scale: str, task: str, results: Results) -> str:
