@@ -275,7 +275,8 @@ class FederationServer:
         self._run_name = secrets.token_hex(8)
         name_file.write_text(self._run_name + "\n")
         params = {name: tensor.clone() for name, tensor in self._local.shared.items()}
-        return ServerState(0, params, buffers=self._local.buffers, noise_seed=noise_seed(self.args))
+        seed = noise_seed(self._args)
+        return ServerState(0, params, buffers=self._local.buffers, noise_seed=seed)
 
     def _introduced(self, directory: Directory) -> list[int]:
         """Examples of every client, as far as nodes have come."""
