@@ -47,7 +47,7 @@ def write(name: str, title: str, text: str, rows: list[dict[str, Any]]) -> None:
     print(markdown)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Make a Markdown table; all columns but the first are aligned right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+    """Make a Markdown table; numbers, in all columns but the first, are aligned right."""
+    lines = [header, ["---"] + ["---:" if numbers else "---"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

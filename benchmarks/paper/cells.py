@@ -117,9 +117,20 @@ class Results:
                 self._found[Cell(**row["cell"]).key()] = row
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        """Look a cell up; its rate is the tuned one if it has none of its own."""
-        tuned = self.tuned(cell)
+        """Look a cell up; its rate is the tuned one if it has none of its own.
+
+        A task that a scale does not have was not run.
+        """
+        tuned = self.tuned(cell) if (cell.scale, cell.task) in SCALES else None
         return None if tuned is None else self._found.get(tuned.key())
+
+    def hardware(self, scale: str, task: str) -> set[str]:
+        """Where the runs of a task were made, and with what."""
+        return {
+            ", ".join([row["hardware"], *(f"{n} {v}" for n, v in row["versions"].items())])
+            for row in self._found.values()
+            if (row["cell"]["scale"], row["cell"]["task"]) == (scale, task)
+        }
 
     def tuned(self, cell: Cell) -> Cell | None:
         """Give the cell its learning rate; None while tuning is not finished."""
