@@ -236,7 +236,8 @@ CLAIMS = (
         )
     ),
     Claim("Accuracy mostly rises with γ (Fig. 4)", "mostly rises", rising_gamma,
-          f"{RUN} --only figure4", "results/paper/{scale}-cifar10", "Rises in three of four steps or more."),
+          f"{RUN} --only figure4", "results/paper/{scale}-cifar10",
+          "Yes: in three of four steps or more."),
     Claim("Plenty of local data: local-only beats FedAvg, pFedPara beats all (Fig. 5)",
           "pFedPara first",
           personal(0, lambda m: m["pfedpara"] == max(m.values()) and m["local"] > m["fedavg"]),
@@ -249,7 +250,8 @@ CLAIMS = (
           "pFedPara at the top",
           personal(2, lambda m: m["fedavg"] == min(m.values())
                    and m["pfedpara"] >= max(m.values()) - 0.005),
-          f"{RUN} --only figure5", "results/paper/{scale}-mnist", "At the top: within half a point."),
+          f"{RUN} --only figure5", "results/paper/{scale}-mnist",
+          "At the top: within half a point."),
     Claim("SCAFFOLD and FedDyn improve FedPara over FedAvg (Tab. 3)",
           "~ FedDyn 86.1, SCAFFOLD 84.7, FedAvg 82.9, FedAdam 82.5, FedProx 79.0", strategies,
           f"{RUN} --only table3", "results/paper/{scale}-cifar10"),
@@ -258,7 +260,8 @@ CLAIMS = (
     Claim("tanh helps (appendix)", "a little", variant("tanh"), f"{RUN} --only ablations",
           "results/paper/{scale}-cifar10"),
     Claim("The Jacobian correction helps (appendix)", "a little",
-          variant("Jacobian correction"), f"{RUN} --only ablations", "results/paper/{scale}-cifar10"),
+          variant("Jacobian correction"), f"{RUN} --only ablations",
+          "results/paper/{scale}-cifar10"),
 )  # fmt: skip
 
 

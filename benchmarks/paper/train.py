@@ -85,7 +85,7 @@ def train(cell: Cell, data: str) -> dict[str, Any]:
             learning_rate=cell.learning_rate, learning_rate_decay=of.learning_rate_decay,
             max_grad_norm=5.0, uplink_codec=cell.codec, seed=cell.seed,
             local_modules=["2"] if cell.method == "fedper" else None,
-            eval_every=max(1, rounds // 20), disable_tqdm=True,
+            eval_every=max(1, rounds // 12), disable_tqdm=True,
             **RUN_VARIANTS.get(cell.variant, {}),
         )  # fmt: skip
         strategy = "LocalOnly" if cell.method == "local" else cell.strategy
