@@ -11,10 +11,10 @@ FLOWER := $(VENV)/.installed-flower
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation test test-slow lint type check bench bench-mnist fmt clean
+.PHONY: help install demo federation test test-slow lint type check bench bench-mnist bench-flower fmt clean
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 # torch goes in first and alone: its CPU build, where the registry offers one, satisfies the rest.
 $(STAMP): pyproject.toml constraints.txt
@@ -71,6 +71,10 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 bench-mnist: $(TESTS)  ## Measure codecs and personal models on MNIST; DATA=folder or Hub id
 	$(BIN)/python benchmarks/personal_mnist.py --data $(or $(DATA),ylecun/mnist)
 	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(DATA),ylecun/mnist)
+
+bench-flower: $(FLOWER)  ## Measure faults and speed of a federation of real processes (half an hour)
+	$(BIN)/python benchmarks/flower_faults.py
+	$(BIN)/python benchmarks/flower_speed.py
 
 fmt: $(TESTS)  ## Format the code
 	$(BIN)/ruff check --fix .
