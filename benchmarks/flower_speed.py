@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -107,7 +106,6 @@ def main() -> None:
         "OMP_NUM_THREADS": "1",
         "BENCH_MODEL": str(folder / "transformer"),
     }
-    built = {name: build_seconds(name, variables) for name in work.MODELS}
     rows = []
     with Federation(folder, **variables) as federation:
         federation.superlink()
@@ -118,26 +116,10 @@ def main() -> None:
             for name in APPS:
                 rows.append(run(federation, name, model, asked.rounds))
                 print(json.dumps(rows[-1]), flush=True)
-    report(rows, asked.rounds, size, built)
+    report(rows, asked.rounds, size)
 
 
-def build_seconds(model: str, variables: dict[str, str]) -> dict[str, float]:
-    """Seconds that imports and making a model take in a process of its own."""
-    code = (
-        "import json, time; t = time.time(); from bench_app import work; u = time.time()\n"
-        f"work.MODELS[{model!r}][0](); print(json.dumps([u - t, time.time() - u]))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    imports, make = json.loads(found.stdout.splitlines()[-1])
-    return {"import_s": imports, "make_s": make}
-
-
-def report(
-    rows: list[dict[str, Any]], rounds: int, size: float, built: dict[str, dict[str, float]]
-) -> None:
+def report(rows: list[dict[str, Any]], rounds: int, size: float) -> None:
     """Write the tables."""
     titles = {"small": "small net", "large": "transformer"}
     stock = {row["model"]: row for row in rows if row["app"] == STOCK}
@@ -160,10 +142,6 @@ def report(
         "", "start-up, s", "of stock", "a round, s: median (range)", "of stock",
         "of a message: process start", "imports", "work",
     ]  # fmt: skip
-    made = "; ".join(
-        f"{titles[name]} {times['import_s']:.1f} s imports, {times['make_s']:.1f} s to make"
-        for name, times in built.items()
-    )
     text = table(header, lines) + (
         f"\n\n{rounds} rounds a row, {work.CLIENTS} nodes, one thread a process. Start-up: from "
         "`flwr run` to the beginning of the first round, nodes being there already; ours asks each "
@@ -174,7 +152,7 @@ def report(
         "every 3 s on a node that has none. Both apps send the same tensors in float32. The "
         f"transformer: BERT-like, {size:.0f} MB on disk, FedPara r=4 on queries and values, one "
         f"step of {work.BATCH} sentences of 8 tokens; the small net: 64-256-10, "
-        f"{work.EXAMPLES // work.BATCH} steps. In a process of their own: {made}."
+        f"{work.EXAMPLES // work.BATCH} steps."
     )
     write("flower_speed", "Start and rounds on Flower, beside a stock app", text, rows)
 
