@@ -251,17 +251,14 @@ def alive(family: list[psutil.Process]) -> int:
 # What nodes keep, and what crossed the wire.
 
 
-def run_folder(trial: Trial, client: int) -> Path:
-    (folder,) = (trial.folder / f"node-{client}" / f"client-{client}").glob("run-*")
-    return folder
-
-
 def kept(trial: Trial, client: int, version: int) -> dict[str, bytes]:
     """The local half on a node's disk as it was after a round; empty if there is none."""
-    store = DiskStore(run_folder(trial, client))
-    store.rollback(version, owner=False)
-    state = store.get(client)
-    return bits(state.local) if state else {}
+    for folder in (trial.folder / f"node-{client}" / f"client-{client}").glob("run-*"):
+        store = DiskStore(folder)
+        store.rollback(version, owner=False)
+        if state := store.get(client):
+            return bits(state.local)
+    return {}
 
 
 def bits(tensors: Any) -> dict[str, bytes]:
@@ -392,11 +389,7 @@ def observed(trial: Trial, case: str, seconds: float) -> dict[str, Any]:
         "same_global_bits": shared,
         "same_local_bits": local,
         "seen": trial.seen,
-        "log": [
-            line.partition("WARNING :")[2].strip()
-            for line in plain(trial.log())
-            if "WARNING" in line
-        ],
+        "log": [line for line in plain(trial.log()) if re.match(r"round \d+: client", line)],
     }  # fmt: skip
 
 
@@ -449,7 +442,7 @@ def main() -> None:
         for row in rows
     ]
     notes = [f"- {row['case']}: {'; '.join(row['seen'])}." for row in rows if row["seen"]]
-    said = dict.fromkeys(line for row in rows for line in row["log"] if "refused" in line)
+    said = dict.fromkeys(line for row in rows for line in row["log"])
     text = table(header, lines) + (
         "\n\nThe simulation is FederatedTrainer in one process, without the updates that were "
         "missed or refused. A round waits "
