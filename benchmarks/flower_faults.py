@@ -202,11 +202,12 @@ def unregistered(trial: Trial) -> None:
     trial.start_run()
     trial.finish()
     how = "is still asking" if stranger.poll() is None else f"ended with {stranger.returncode}"
-    said = [line for line in plain(trial.log("stranger")) if re.search("(?i)denied|unauth", line)]
+    heard = plain(trial.log("superlink")) + plain(trial.log("stranger"))
+    said = re.findall(r"No SuperNode found.*|Failed to activate.*", "\n".join(heard))
     listed = trial.federation.flwr("supernode", "list", "loopback", "--format", "json")
     trial.seen.append(
         f"the SuperLink lists {len(json.loads(listed)['nodes'])} nodes; the stranger {how}"
-        + (f", {said[-1]!r}" if said else "")
+        + f" ({' '.join(dict.fromkeys(said))})"
         + f", and trained {len(list((trial.folder / 'stranger').rglob('*')))} times"
     )
 
