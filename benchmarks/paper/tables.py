@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 LABELS = {"dense": "dense", "fedpara": "FedPara", "lowrank": "low-rank", "pfedpara": "pFedPara",
           "fedper": "FedPer", "fedavg": "FedAvg", "local": "local only"}  # fmt: skip
 STRATEGIES = ("FedAvg", "FedProx", "Scaffold", "FedDyn", "FedAdam")
-VARIANTS = ("", "He's fan-in variance in every factor", "Prop. 1 for kernels", "tanh",
+VARIANTS = ("", "He's fan-in variance in every factor", "tanh",
             "Jacobian correction", "one factor block a round")  # fmt: skip
 SCENARIOS = (
     ("dirichlet", 1.0, "Dirichlet 0.5, all data"),

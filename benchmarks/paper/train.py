@@ -52,7 +52,6 @@ RUN_VARIANTS: dict[str, dict[str, Any]] = {
 #: Ablations that are a field of the configuration.
 MODEL_VARIANTS: dict[str, dict[str, Any]] = {
     "tanh": {"nonlinearity": "tanh"},
-    "Prop. 1 for kernels": {"use_effective_conv2d": False},
 }
 #: Stages of a net, its hidden dense layers, and the pixels of an image's side.
 NETS = {"VGG16": (CHANNELS, 2, 32), "VGG4": (((64,), (128,), (256,), (512,)), 0, 16)}
