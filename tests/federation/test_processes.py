@@ -48,6 +48,7 @@ def test_two_processes_are_one(tmp_path, case):
             b.client_metrics,
         )
         assert a.uplink_bytes == b.uplink_bytes > 0
+        assert a.slowest_client_s > 0 < b.slowest_client_s
 
 
 def test_one_process_continues_what_two_began(tmp_path):

@@ -33,7 +33,7 @@ from fedpara_peft.comm.schema import schema_of
 from fedpara_peft.federation.client import LocalTrainer
 from fedpara_peft.federation.random import derived_seed, torch_generator
 from fedpara_peft.federation.sampling import sample_cohort
-from fedpara_peft.federation.state import Broadcast
+from fedpara_peft.federation.state import Broadcast, RoundReport
 
 
 def toy(examples=120, seed=0):
@@ -340,6 +340,20 @@ def test_cohort_sizes():
     counts = torch.bincount(torch.tensor(draws).flatten(), minlength=10)
     assert counts.min() > 30
     assert json.dumps(draws[0])
+
+
+def test_targets_are_reached_from_the_better_side():
+    reports = [
+        RoundReport(n, (0,), None, {"eval_loss": 4.0 - n, "bleu": n}, 10, 5, 1, 0.5)
+        for n in (1, 2, 3)
+    ]
+    history = History(tuple(reports))
+    assert history.rounds_to_target("eval_loss", 2.0) == 2
+    assert history.bytes_to_target("eval_loss", 2.0) == 30
+    assert history.rounds_to_target("eval_loss", 0.5) is None
+    assert history.rounds_to_target("eval_loss", 2.0, higher_is_better=True) == 1
+    assert history.rounds_to_target("bleu", 2) == 2
+    assert history.bytes_to_target("bleu", 2, higher_is_better=False) == 15
 
 
 class HalfPrecision:
