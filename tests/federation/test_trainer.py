@@ -357,7 +357,11 @@ def test_targets_are_reached_from_the_better_side():
 
 
 class HalfPrecision:
-    """What a GPU's fp16 accelerator is to local training, on a CPU."""
+    """What a GPU's fp16 accelerator is to local training, on a CPU.
+
+    A stub: Accelerate's own GradScaler needs a GPU, so that it is set aside, and our loss scale put
+    in its place, is seen here; that autocast and the scale get on with a GPU's kernels is not.
+    """
 
     device = torch.device("cpu")
     mixed_precision = "fp16"
