@@ -517,7 +517,7 @@ def main() -> None:
         run_apart(row, WORKS[int(work)], folder, options.rounds)
         return
     if options.quick:
-        print(side_by_side(3)[0])
+        print(side_by_side(1)[0])
         return
     each = -(-options.rounds // PASSES)
     peers, rows = beside_others(each)
