@@ -1,6 +1,6 @@
 """Cost of an adapter on a frozen linear layer, beside PEFT's LoRA and LoHa in the same run.
 
-    python benchmarks/adapters.py [--quick] [--seconds 2]
+    python benchmarks/adapters.py [--quick] [--seconds 2] [--device cuda] [--compile]
 
 One step is forward and backward with gradients for the input and the adapter. LoRA has the same
 number of parameters (rank 2r). Times are medians of paired ratios.
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from measure import bytes_kept, paired, peak_bytes, ratio
 from peers import adapt
-from report import table, write
+from report import ask_device, table, write
 from torch import nn
 
 CASES = [
     # outputs, inputs, tokens, r, dtype
+    (768, 768, 64, 8, torch.float32),
     (768, 768, 512, 8, torch.float32),
     (768, 768, 512, 16, torch.float32),
     (768, 768, 512, 32, torch.float32),
+    (768, 768, 2048, 8, torch.float32),
     (2048, 2048, 512, 16, torch.float32),
     (4096, 4096, 1, 8, torch.float32),
     (4096, 4096, 64, 8, torch.float32),
@@ -34,11 +36,13 @@ CASES = [
     (4096, 4096, 512, 8, torch.float32),
     (4096, 4096, 512, 32, torch.float32),
     (4096, 4096, 2048, 8, torch.float32),
+    (11008, 4096, 64, 8, torch.float32),
     (11008, 4096, 512, 8, torch.float32),
+    (4096, 11008, 64, 8, torch.float32),
     (4096, 4096, 64, 8, torch.bfloat16),
     (4096, 4096, 512, 8, torch.bfloat16),
 ]
-QUICK = [CASES[i] for i in (0, 2, 5, 7, 12)]
+QUICK = [(768, 768, 512, 8, torch.float32), (4096, 4096, 64, 8, torch.bfloat16)]
 
 
 def build(kind: str, base: nn.Linear, r: int) -> nn.Module:
@@ -82,29 +86,35 @@ def step(model: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], 
     return run
 
 
-def measure(case: tuple[Any, ...], seconds: float) -> dict[str, Any]:
+def measure(case: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
     """All methods on one case."""
     m, n, tokens, r, dtype = case
+    seconds = options.seconds
     torch.manual_seed(0)
-    base = nn.Linear(n, m).to(dtype)
-    x = torch.randn(tokens, n, dtype=dtype, requires_grad=True)
-    grad = torch.randn(tokens, m, dtype=dtype)
-    models = {kind: build(kind, base, r) for kind in ("frozen", "fedpara", "lora", "loha")}
-    if find_spec("lycoris") and dtype == torch.float32:
-        models["lycoris"] = lycoris(base, r)
+    with torch.device(options.device):
+        base = nn.Linear(n, m).to(dtype)
+        x = torch.randn(tokens, n, dtype=dtype, requires_grad=True)
+        grad = torch.randn(tokens, m, dtype=dtype)
+        models = {kind: build(kind, base, r) for kind in ("frozen", "fedpara", "lora", "loha")}
+        if find_spec("lycoris"):
+            models["lycoris"] = lycoris(base, r)
+    if options.compile:
+        torch._dynamo.reset()
+        for model in models.values():
+            model.compile()
     times = paired({k: step(model, x, grad) for k, model in models.items()}, seconds)
     row: dict[str, Any] = {"m": m, "n": n, "tokens": tokens, "r": r, "dtype": str(dtype)[6:]}
     for kind, model in models.items():
         known = [x, *model.parameters()]
         row[f"{kind}_ms"] = statistics.median(times[kind])
         row[f"{kind}_kept_bytes"] = bytes_kept(lambda model=model: model(x), known)  # type: ignore[misc]
-        row[f"{kind}_peak_bytes"] = peak_bytes(step(model, x, grad))
+        row[f"{kind}_peak_bytes"] = peak_bytes(step(model, x, grad), known)
         if kind != "fedpara":
             row[f"fedpara/{kind}"] = ratio(times, "fedpara", kind)
     if dtype == torch.bfloat16:
         for kind in ("fedpara", "lora", "loha"):
             row[f"{kind}_error"] = output_error(kind, base, r, x)
-    if tokens == 1:
+    if tokens == 1 and not options.compile:
         row |= inference(models, base, n, seconds)
     return row
 
@@ -124,7 +134,7 @@ def inference(
     models: dict[str, nn.Module], base: nn.Linear, n: int, seconds: float
 ) -> dict[str, Any]:
     """One token without gradients, unmerged and merged."""
-    x = torch.randn(1, n, dtype=base.weight.dtype)
+    x = torch.randn(1, n, dtype=base.weight.dtype, device=base.weight.device)
     runs = {"plain": nn.Sequential(base), **{k: v for k, v in models.items() if k != "frozen"}}
     runs["merged"] = copy.deepcopy(models["fedpara"]).merge_and_unload()  # type: ignore[operator]
     with torch.no_grad():
@@ -141,10 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few cases, nothing written")
     parser.add_argument("--seconds", type=float, default=2.0, help="per method and case")
+    ask_device(parser, compiles=True)
     options = parser.parse_args()
     rows = []
     for case in QUICK if options.quick else CASES:
-        rows.append(measure(case, options.seconds))
+        rows.append(measure(case, options))
         print({k: v for k, v in rows[-1].items() if "bytes" not in k}, flush=True)
     header = [
         "M x N, tokens", "r", "dtype", "ms", "of frozen", "of LoRA", "of LoHa", "of LyCORIS",
@@ -182,7 +193,8 @@ def main() -> None:
     if options.quick:
         print(text)
     else:
-        write("adapters", "An adapter on a frozen linear layer: one training step", text, rows)
+        title = "An adapter on a frozen linear layer: one training step"
+        write("adapters", title, text, rows, options.device, options.compile)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One client after the other, or many side by side: which engine pays where.
 
-    python benchmarks/engines.py
+    python benchmarks/engines.py [--quick] [--device cuda]
 
 An MLP 784-200-10 whose first layer is FedPara of rank r, or dense; clients of 80 random examples,
 batch 10, one epoch; one thread. Rounds of both engines in turn, medians of paired ratios.
@@ -8,14 +8,17 @@ batch 10, one epoch; one thread. Rounds of both engines in turn, medians of pair
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
 import tempfile
 import time
 from typing import Any
 
 import torch
+from measure import synchronize
 from peft import get_peft_model
-from report import table, write
+from report import ask_device, table, write
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -34,23 +37,31 @@ def build(r: int | None) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def case(r: int | None, cohort: int) -> dict[str, Any]:
+def case(r: int | None, cohort: int, rounds: int) -> dict[str, Any]:
     """Both engines on the same work."""
     torch.manual_seed(0)
     data = [TensorDataset(torch.randn(80, 784), torch.randint(10, (80,))) for _ in range(cohort)]
-    runs = {}
-    for engine in ("sequential", "batched"):
+    folder = tempfile.mkdtemp()
+
+    def trainer(engine: str) -> FederatedTrainer:
         args = FederatedArguments(
-            tempfile.mkdtemp(), per_client_batch_size=10, engine=engine, disable_tqdm=True
+            folder, per_client_batch_size=10, engine=engine, disable_tqdm=True
         )
-        trainer = FederatedTrainer(build(r), args, data)
-        runs[engine] = [trainer, trainer._start(None)[0]]
+        return FederatedTrainer(build(r), args, data)
+
+    runs: dict[str, list[Any]] = {}
+    for engine in ("sequential", "batched"):
+        run = trainer(engine)
+        runs[engine] = [run, run._start(None)[0]]
+    automatic = trainer("auto")._batched
     ratios, sequential = [], []
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         seconds = {}
         for engine, run in runs.items():
+            synchronize()
             start = time.perf_counter()
             run[1], _ = run[0]._round(run[1])
+            synchronize()
             seconds[engine] = time.perf_counter() - start
         if number:  # the first round warms up
             ratios.append(seconds["batched"] / seconds["sequential"])
@@ -61,14 +72,24 @@ def case(r: int | None, cohort: int) -> dict[str, Any]:
         "cohort": cohort,
         "sequential_ms_per_client": 1e3 * statistics.median(sequential) / cohort,
         "batched_of_sequential": statistics.median(ratios),
-        "chosen": "batched" if runs["batched"][0]._batched._values() <= 20_000 else "sequential",
+        "chosen": "batched" if automatic and automatic.wanted(cohort) else "sequential",
     }
 
 
 def main() -> None:
     """Measure and write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="two cases, nothing written")
+    ask_device(parser)
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
-    rows = [case(r, cohort) for r in (4, 8, 16, None) for cohort in (10, 50)]
+    cases = [(r, cohort) for r in (4, 8, 16, None) for cohort in (10, 50)]
+    if options.quick:
+        rows = [case(*cases[i], 2) for i in (0, -2)]
+    else:
+        rows = [case(*each, ROUNDS) for each in cases]
     lines = [
         [
             row["model"],
@@ -84,7 +105,11 @@ def main() -> None:
         "model", "trained values", "clients a round", "sequential, ms a client",
         "batched, of sequential", "chosen by engine='auto'",
     ]  # fmt: skip
-    write("engines", "Sequential and batched engine", table(header, lines), rows)
+    if options.quick:
+        print(table(header, lines))
+    else:
+        title = "Sequential and batched engine"
+        write("engines", title, table(header, lines), rows, options.device)
 
 
 if __name__ == "__main__":

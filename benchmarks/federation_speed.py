@@ -1,9 +1,9 @@
 """Time of a federated round beside a plain hand-written loop and other simulators.
 
-    python benchmarks/federation_speed.py [--rounds 60]
+    python benchmarks/federation_speed.py [--quick] [--rounds 60] [--device cuda]
 
 Everyone does the same work: FedAvg of an MLP 784-200-10, 100 clients of 80 random examples, 10 of
-them a round, SGD with rate 0.1, nothing evaluated, on CPUs. The peers are optional:
+them a round, SGD with rate 0.1, nothing evaluated. The peers are optional:
 ``pip install pfl "flwr[simulation]"``.
 """
 
@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ratio
-from report import table, write
+from measure import ratio, synchronize
+from peft import get_peft_model
+from report import ask_device, table, write
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedpara_peft import FederatedArguments, FederatedCallback, FederatedTrainer
+from fedpara_peft import FederatedArguments, FederatedCallback, FederatedTrainer, FedParaConfig
 
 CLIENTS, COHORT, EXAMPLES, RATE = 100, 10, 80, 0.1
 WARM_UP = 2  # rounds that are not timed, in every run
@@ -42,6 +43,7 @@ PASSES = 3  # rows that run apart take turns with the others this often
 
 PLAIN, OURS, TWO = "plain loop", "FederatedTrainer, sequential", "FederatedTrainer, two processes"
 PFL, FLOWER = "apple pfl", "Flower simulation"
+BATCHED = "FederatedTrainer, engine='auto'"
 NEEDS = {PFL: ["pfl"], FLOWER: ["flwr", "ray"]}
 APART = (TWO, FLOWER)
 
@@ -50,11 +52,9 @@ LAUNCH = [
     "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
     "--main_process_port", "0",
 ]  # fmt: skip
-#: One thread and no GPU, in processes started from here as well; and nobody calls home.
+#: One thread, in processes started from here as well; and nobody calls home.
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "PFL_PYTORCH_DEVICE": "cpu",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -68,6 +68,11 @@ class Work:
     title: str
     epochs: int
     batch: int
+
+
+def device() -> str:
+    """What everyone trains on; Apple's variable, so that all processes know."""
+    return os.environ["PFL_PYTORCH_DEVICE"]
 
 
 WORKS = [Work("5 epochs, batch 10", 5, 10), Work("one step, batch 80", 1, EXAMPLES)]
@@ -88,7 +93,14 @@ def clients() -> list[TensorDataset]:
 
 def net(width: int = 200) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+    layers = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+    return layers.to(device())
+
+
+def small() -> nn.Module:
+    """The net with its first layer factorized; small enough for clients side by side to pay."""
+    config = FedParaConfig(r=4, base_weight="replaced", target_modules=["0"])
+    return get_peft_model(net(), config)
 
 
 # The plain loop.
@@ -101,20 +113,23 @@ def train_locally(model: nn.Module, dataset: TensorDataset, epochs: int, batch: 
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
+            x, y = x.to(device()), y.to(device())
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
 
 
-def plain(work: Work) -> Callable[[], None]:
+def plain(
+    work: Work, build: Callable[[], nn.Module] = net, cohort: int = COHORT
+) -> Callable[[], None]:
     """FedAvg by hand: state dicts loaded, and summed by their weights."""
-    model, rng = net(), random.Random(0)
+    model, rng = build(), random.Random(0)
 
     def one_round() -> None:
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         mean = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        cohort = [clients()[i] for i in rng.sample(range(CLIENTS), COHORT)]
-        total = sum(len(dataset) for dataset in cohort)
-        for dataset in cohort:
+        sampled = [clients()[i] for i in rng.sample(range(CLIENTS), cohort)]
+        total = sum(len(dataset) for dataset in sampled)
+        for dataset in sampled:
             model.load_state_dict(start)
             train_locally(model, dataset, work.epochs, work.batch)
             for name, tensor in model.state_dict().items():
@@ -130,9 +145,9 @@ def plain(work: Work) -> Callable[[], None]:
 class InTurn(FederatedCallback):
     """Times the trainer's rounds; between two of them, the others make theirs."""
 
-    def __init__(self, others: Mapping[str, Callable[[], None]]) -> None:
-        self.others = others
-        self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
+    def __init__(self, others: Mapping[str, Callable[[], None]], name: str = OURS) -> None:
+        self.others, self.name = others, name
+        self.seconds: dict[str, list[float]] = {each: [] for each in (name, *others)}
 
     def on_train_begin(self, *_: Any) -> None:
         """The trainer begins."""
@@ -140,10 +155,12 @@ class InTurn(FederatedCallback):
 
     def on_round_end(self, *_: Any) -> None:
         """The others' turn."""
-        self.seconds[OURS].append(time.perf_counter() - self.resumed)
+        synchronize()
+        self.seconds[self.name].append(time.perf_counter() - self.resumed)
         for name, one_round in self.others.items():
             start = time.perf_counter()
             one_round()
+            synchronize()
             self.seconds[name].append(time.perf_counter() - start)
         self.resumed = time.perf_counter()
 
@@ -160,6 +177,7 @@ def trainer(
     work: Work,
     cohort: int = COHORT,
     callbacks: Sequence[FederatedCallback] = (),
+    engine: str = "sequential",
 ) -> FederatedTrainer:
     args = FederatedArguments(
         folder,
@@ -168,6 +186,7 @@ def trainer(
         num_local_epochs=work.epochs,
         per_client_batch_size=work.batch,
         learning_rate=RATE,
+        engine=engine,
         disable_tqdm=True,
     )
     return FederatedTrainer(model, args, data, callbacks=callbacks)
@@ -182,6 +201,44 @@ def in_turn(work: Work, rounds: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         trainer(folder, rounds, net(), clients(), work, callbacks=[clock]).train()
     return clock.timed()
+
+
+def side_by_side(rounds: int) -> tuple[str, list[dict[str, Any]]]:
+    """Many clients of a small model, which the trainer stacks on its own accord."""
+    work, cohort = WORKS[0], 50
+    data = clients()
+    with tempfile.TemporaryDirectory() as folder:
+        sequential = trainer(f"{folder}/a", rounds, small(), data, work, cohort)
+        state = [sequential._start(None)[0]]
+
+        def one_round() -> None:
+            state[0], _ = sequential._round(state[0])
+
+        clock = InTurn({PLAIN: plain(work, small, cohort), OURS: one_round}, BATCHED)
+        ours = trainer(f"{folder}/b", rounds, small(), data, work, cohort, [clock], "auto")
+        stacks = ours._batched is not None and ours._batched.wanted(cohort)
+        ours.train()
+    found = clock.timed()
+    rows = [
+        {
+            "work": f"FedPara, r = 4, {cohort} clients, {work.title}",
+            "row": name,
+            "stacked": name == BATCHED and stacks,
+            "ms": 1e3 * statistics.median(values),
+            "of plain loop": ratio(found, name, PLAIN),
+            "ratio": "median of paired rounds",
+        }
+        for name, values in found.items()
+    ]
+    lines = [
+        [
+            r["row"] + (" (batched)" if r["stacked"] else ""),
+            f"{r['ms']:.1f}",
+            f"{r['of plain loop']:.2f}",
+        ]
+        for r in rows
+    ]
+    return table(["", "ms a round", "of the plain loop"], lines), rows
 
 
 # Apple's pfl.
@@ -311,7 +368,11 @@ def flower(work: Work, rounds: int) -> list[float]:
     server, client = ServerApp(), ClientApp()
     server.main()(serve)
     client.train()(flower_client)
-    resources = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    gpus = int(device() == "cuda")
+    resources = {
+        "init_args": {"num_cpus": 2, "num_gpus": gpus},
+        "client_resources": {"num_cpus": 1, "num_gpus": gpus / 2},
+    }
     run_simulation(server, client, num_supernodes=CLIENTS, backend_config=resources)
     return [b - a for a, b in itertools.pairwise(begun)][WARM_UP:]
 
@@ -325,7 +386,8 @@ def apart(row: str, work: Work, rounds: int) -> list[float]:
         done = subprocess.run(
             [
                 sys.executable, *(LAUNCH if row == TWO else []), __file__,
-                "--rounds", str(rounds), "--apart", row, str(WORKS.index(work)), folder,
+                "--rounds", str(rounds), "--device", device(),
+                "--apart", row, str(WORKS.index(work)), folder,
             ],
             env={**os.environ, "FLWR_HOME": folder},
             capture_output=True,
@@ -356,6 +418,8 @@ def run_apart(row: str, work: Work, folder: str, rounds: int) -> None:
 
 
 def installed(row: str) -> bool:
+    if row == TWO and device() == "cuda" and torch.cuda.device_count() < 2:
+        return False  # Accelerate gives each process a GPU of its own
     return all(find_spec(package) for package in NEEDS.get(row, []))
 
 
@@ -389,7 +453,7 @@ def beside_others(rounds: int) -> tuple[str, list[dict[str, Any]]]:
         for row in (r for r in rows if r["row"] == name):
             mark = "\\*" if name in APART else ""
             ms, of_plain = row.get("ms"), row.get("of plain loop")
-            cells += [f"{ms:.1f}", f"{of_plain:.2f}{mark}"] if ms else ["not installed", "-"]
+            cells += [f"{ms:.1f}", f"{of_plain:.2f}{mark}"] if ms else ["not here", "-"]
         lines.append(cells)
     header = [""]
     for work in WORKS:
@@ -439,18 +503,26 @@ def growth(rounds: int) -> tuple[str, list[dict[str, Any]]]:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small clients, nothing written")
     parser.add_argument("--rounds", type=int, default=60, help="rounds timed, per row and work")
     parser.add_argument("--apart", nargs=3, help=argparse.SUPPRESS)
+    ask_device(parser)
     options = parser.parse_args()
-    os.environ |= SETTINGS
+    os.environ |= {**SETTINGS, "PFL_PYTORCH_DEVICE": options.device}
+    if options.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     if options.apart:
         row, work, folder = options.apart
         run_apart(row, WORKS[int(work)], folder, options.rounds)
         return
+    if options.quick:
+        print(side_by_side(1)[0])
+        return
     each = -(-options.rounds // PASSES)
     peers, rows = beside_others(each)
-    growing, more = growth(each)
+    stacking, more = side_by_side(PASSES * each)
+    growing, grown = growth(each)
     text = (
         f"An MLP 784-200-10, {CLIENTS} clients of {EXAMPLES} random examples, {COHORT} a round, "
         "FedAvg, SGD with rate 0.1, nothing evaluated. The second work, one step a client, is "
@@ -462,12 +534,15 @@ def main() -> None:
         "accelerate launch, one thread each, RoundReport.seconds. pfl: SimulatedBackend, in "
         "process; it does not shuffle. Flower: run_simulation, Ray, two actors of one CPU, stock "
         "FedAvg; its server and its engine look for messages every 0.1 s.\n\n"
+        "## Many small clients\n\n"
+        "The first layer FedPara of r = 4, 50 clients a round, 5 epochs, batch 10; one thread, all "
+        f"three in turn, medians of paired ratios.\n\n{stacking}\n\n"
         "## As a federation grows\n\n"
         "FederatedTrainer, sequential, one thread, one step of batch 10 a client; ratios of "
         f"medians.\n\n{growing}"
     )
     title = "A federated round beside a plain loop and other simulators"
-    write("federation_speed", title, text, [*rows, *more])
+    write("federation_speed", title, text, [*rows, *more, *grown], options.device)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """A whole training step with replaced weights, beside the dense model, in the same run.
 
-    python benchmarks/from_scratch.py [--quick] [--seconds 10]
+    python benchmarks/from_scratch.py [--quick] [--seconds 10] [--device cuda] [--compile]
 
 Peers compose the same factors their way inside the same layers: `einsum` as the paper's published
 notebook does, `recompute` with a Function that keeps the factors only and composes again in the
-backward pass, as LyCORIS does. γ = 0.1 (LSTM and MLP: 0).
+backward pass, as LyCORIS does. γ = 0.1 (LSTM and MLP: 0). Kept are the bytes that the forward pass
+leaves for the backward one, beside parameters and inputs; the peak is that of what a step makes,
+gradients included.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import paired, ratio
+from measure import bytes_kept, paired, peak_bytes, ratio
 from models import char_lstm, mlp, resnet18, vgg16
 from peft import get_peft_model
-from report import table, write
+from report import ask_device, table, write
 from torch import nn
 
 import fedpara_peft.tuner.layer as layer_module
@@ -66,6 +68,7 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "einsum": einsum_compose,
     "recompute": recompute_compose,
 }
+MEMORY = ("dense", "fedpara", "einsum")
 
 
 def cases() -> dict[str, tuple[Callable[[], nn.Module], list[str] | str, float, Any, Any]]:
@@ -95,30 +98,40 @@ def targets_of(model: nn.Module, wanted: list[str] | str) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
 
 
-def step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, way: str | None) -> Callable[[], None]:
-    """One SGD step."""
+def steps(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, way: str
+) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
+    """A forward pass, and one SGD step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
-    def run() -> None:
-        layer_module.compose = WAYS[way or "fedpara"]  # type: ignore[attr-defined]
-        optimizer.zero_grad()
+    def forward() -> torch.Tensor:
+        layer_module.compose = WAYS.get(way, compose)  # type: ignore[attr-defined]
         loss = nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten())
-        loss.backward()
-        optimizer.step()
         layer_module.compose = compose  # type: ignore[attr-defined]
+        return loss
 
-    return run
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    return forward, step
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="nothing is written")
+    parser.add_argument("--quick", action="store_true", help="the MLP, nothing written")
     parser.add_argument("--seconds", type=float, default=10.0, help="per way and model")
+    ask_device(parser, compiles=True)
     options = parser.parse_args()
     rows, lines = [], []
     for name, (build, wanted, gamma, x, y) in cases().items():
-        runs = {}
+        if options.quick and build is not mlp:
+            continue
+        x, y = x.to(options.device), y.to(options.device)
+        torch._dynamo.reset()
+        models, forwards, runs = {}, {}, {}
         for way in ("dense", *WAYS):
             torch.manual_seed(0)
             model: Any = build()
@@ -131,19 +144,33 @@ def main() -> None:
                     compute_path="auto" if way == "fedpara" else "compose",
                 )
                 model = get_peft_model(model, config)
-            runs[way] = step(model, x, y, None if way == "dense" else way)
+            models[way] = model.to(options.device)
+            if options.compile:
+                model.compile()
+            forwards[way], runs[way] = steps(model, x, y, way)
         times = paired(runs, options.seconds)
         row = {"model": name, "dense_ms": statistics.median(times["dense"])}
         row |= {f"{way}/dense": ratio(times, way, "dense") for way in WAYS}
+        for way, model in models.items():
+            known = [x, y, *model.parameters()]
+            row[f"{way}_kept_bytes"] = bytes_kept(forwards[way], known)
+            row[f"{way}_peak_bytes"] = peak_bytes(runs[way], model.parameters())
         rows.append(row)
-        lines.append([name, f"{row['dense_ms']:.1f}", *(f"{row[f'{w}/dense']:.2f}" for w in WAYS)])
+        memory = (
+            " / ".join(f"{row[f'{way}_{what}_bytes'] / 1e6:.1f}" for way in MEMORY)
+            for what in ("kept", "peak")
+        )
+        ratios = (f"{row[f'{way}/dense']:.2f}" for way in WAYS)
+        lines.append([name, f"{row['dense_ms']:.1f}", *ratios, *memory])
         print(lines[-1], flush=True)
-    text = table(["model", "dense, ms", "FedPara", "einsum", "recompute"], lines)
+    header = ["model", "dense, ms", "FedPara", "einsum", "recompute"]
+    header += [f"{what}, MB: dense / FedPara / einsum" for what in ("kept", "peak")]
+    text = table(header, lines)
     if options.quick:
         print(text)
     else:
         title = "Training from scratch: a step's time relative to the dense model's"
-        write("from_scratch", title, text, rows)
+        write("from_scratch", title, text, rows, options.device, options.compile)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cost of the Jacobian correction: a training step with it, of one without, in the same run.
 
-python benchmarks/jacobian.py [--seconds 10]
+python benchmarks/jacobian.py [--quick] [--seconds 10] [--device cuda]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from measure import paired, ratio
 from models import char_lstm, mlp, vgg16
 from peft import get_peft_model
-from report import table, write
+from report import ask_device, table, write
 from torch import nn
 
 from fedpara_peft import FedParaConfig, composed_weights, jacobian_correction
@@ -42,7 +42,9 @@ def step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, correcting: bool) -
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one case, nothing written")
     parser.add_argument("--seconds", type=float, default=10.0)
+    ask_device(parser)
     options = parser.parse_args()
     labels = torch.randint(0, 10, (64,))
     sequence = torch.randint(0, 80, (64, 80))
@@ -52,12 +54,13 @@ def main() -> None:
         ("VGG16-GN, batch 64", vgg16, None, torch.randn(64, 3, 32, 32), labels),
     ]
     rows, lines = [], []
-    for name, build, targets, x, y in cases:
+    for name, build, targets, x, y in cases[:1] if options.quick else cases:
         plain = build()
         if targets is None:
             targets = [n for n, m in plain.named_modules() if isinstance(m, nn.Conv2d)]
         config = FedParaConfig(gamma=0.1, base_weight="replaced", target_modules=targets)
-        model = get_peft_model(plain, config)
+        model = get_peft_model(plain, config).to(options.device)
+        x, y = x.to(options.device), y.to(options.device)
         times = paired(
             {"without": step(model, x, y, False), "with": step(model, x, y, True)}, options.seconds
         )
@@ -73,7 +76,11 @@ def main() -> None:
             ]
         )
     text = table(["model, γ = 0.1", "without, ms", "with, ms", "ratio"], lines)
-    write("jacobian", "Cost of the Jacobian correction in a training step", text, rows)
+    if options.quick:
+        print(text)
+    else:
+        title = "Cost of the Jacobian correction in a training step"
+        write("jacobian", title, text, rows, options.device)
 
 
 if __name__ == "__main__":

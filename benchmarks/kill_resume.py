@@ -2,13 +2,16 @@
 
     python benchmarks/kill_resume.py [--kills 3]
 
-Every strategy with every parameterization; each run is a process of its own that is sent SIGKILL,
-several times, and then runs to its end. Compared are the global model and every client's own.
+Every strategy with every parameterization, and what else keeps a state or draws numbers: codecs
+with error feedback, one factor block a round, FedPer, stacked clients, noise. Each run is a process
+of its own that is sent SIGKILL, several times, and then runs to its end. Compared are the global
+model, every client's own, and its codec's residual.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -17,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from report import table, write
@@ -26,6 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "federation"))
 from runs import PARAMETERIZATIONS, STRATEGIES, run
 
 ROUNDS = 24
+#: Of the tests' variants, each with a strategy and a parameterization that it means something for.
+MORE = [
+    ("FedAvg", "fedpara", "codec"),
+    ("Scaffold", "pfedpara", "codec"),
+    ("FedAvg", "fedpara", "one_block"),
+    ("FedAvgM", "dense", "FedPer"),
+    ("Scaffold", "fedpara", "batched"),
+    ("FedAvg", "fedpara", "noise"),
+]
 
 
 def main() -> None:
@@ -34,16 +47,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3, help="kills per run")
     kills = parser.parse_args().kills
     torch.set_num_threads(1)  # also lets a process be forked that has torch loaded
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # a process that holds a GPU cannot be forked
     rng = random.Random(0)
     rows = []
-    for strategy in STRATEGIES:
-        for parameterization in PARAMETERIZATIONS:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(case(Path(folder), strategy, parameterization, kills, rng))
-            print(rows[-1], flush=True)
+    for each in [*itertools.product(STRATEGIES, PARAMETERIZATIONS, [None]), *MORE]:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(case(Path(folder), each, kills, rng))
+        print(rows[-1], flush=True)
     lines = [
         [
-            f"{r['strategy']}, {r['parameterization']}",
+            ", ".join(filter(None, (r["strategy"], r["parameterization"], r["variant"]))),
             str(r["kills"]),
             ", ".join(str(n) for n in r["resumed_from"]),
             str(r["unfinished_checkpoints"]),
@@ -66,16 +79,21 @@ def main() -> None:
 
 
 def case(
-    folder: Path, strategy: str, parameterization: str, kills: int, rng: random.Random
-) -> dict[str, object]:
+    folder: Path, each: tuple[str, str, str | None], kills: int, rng: random.Random
+) -> dict[str, Any]:
     """One run killed several times."""
     whole, cut = folder / "whole", folder / "cut"
+    strategy, parameterization, variant = each
+
+    def start_in(where: Path) -> int:
+        return started(lambda: run(str(where), strategy, parameterization, ROUNDS, variant))
+
     start = time.perf_counter()
-    wait(started(lambda: run(str(whole), strategy, parameterization, ROUNDS)))
+    wait(start_in(whole))
     duration = time.perf_counter() - start
     done, unfinished, resumed = 0, 0, []
     while done < kills:
-        process = started(lambda: run(str(cut), strategy, parameterization, ROUNDS))
+        process = start_in(cut)
         time.sleep(rng.uniform(0, 0.6 * duration))
         os.kill(process, signal.SIGKILL)
         if os.WIFSIGNALED(os.waitpid(process, 0)[1]):  # else it had ended already
@@ -84,7 +102,7 @@ def case(
         resumed.append(max((int(p.name[11:]) for p in cut.glob("checkpoint-*")), default=0))
         if (cut / "final.safetensors").exists():
             break
-    wait(started(lambda: run(str(cut), strategy, parameterization, ROUNDS)))
+    wait(start_in(cut))
     expected, found = (load_file(f / "final.safetensors") for f in (whole, cut))
     same = expected.keys() == found.keys() and all(
         torch.equal(t, found[name]) for name, t in expected.items()
@@ -92,6 +110,7 @@ def case(
     return {
         "strategy": strategy,
         "parameterization": parameterization,
+        "variant": variant,
         "kills": done,
         "resumed_from": resumed,
         "unfinished_checkpoints": unfinished,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ def paired(
     end = time.perf_counter() + seconds * len(functions)
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, function in functions.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             function()
-            _synchronize()
+            synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
@@ -96,13 +96,27 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return []
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Peak of the tensors a function makes."""
+def peak_bytes(function: Callable[[], Any], tensors: Iterable[torch.Tensor]) -> int:
+    """Peak of the tensors that a step makes; gradients are cleared before, so that they count.
+
+    On a GPU what its allocator says, where these tensors are there; else counted.
+    """
+    tensors = list(tensors)
+    for tensor in tensors:
+        tensor.grad = None
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with PeakTensorBytes() as counter:
         function()
     return counter.peak
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,6 +1,7 @@
-"""A small run in a process of its own: ``runs.py FOLDER STRATEGY PARAMETERIZATION ROUNDS``.
+"""A run in a process of its own: ``runs.py FOLDER STRATEGY PARAMETERIZATION ROUNDS [VARIANT]``.
 
-Resumes if it can. Writes ``final.safetensors``: the global model and every client's own.
+Resumes if it can, and tells every round. Writes ``final.safetensors``: the global model, every
+client's own, and what its codec has lost so far.
 """
 
 import sys
@@ -19,6 +20,7 @@ from fedpara_peft import (
     FedAvgM,
     FedDyn,
     FederatedArguments,
+    FederatedCallback,
     FederatedTrainer,
     FedParaConfig,
     FedProx,
@@ -40,20 +42,38 @@ STRATEGIES = {
     "FedAdagrad": FedAdagrad(),
     "LocalOnly": LocalOnly(),
 }
+#: What else a run may be.
+VARIANTS = {
+    "codec": {
+        "uplink_codec": "topk:0.2+int4", "downlink_codec": "int8", "error_feedback": True,
+    },
+    "one_block": {"factor_schedule": "one_block"},
+    "FedPer": {"local_modules": ["5"]},
+    "batched": {"engine": "batched"},
+    "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1},
+    "diverge": {"learning_rate": 1e30},
+}  # fmt: skip
 PARAMETERIZATIONS = ("dense", "lowrank", "fedpara", "pfedpara")
 
 
+class Tells(FederatedCallback):
+    def on_round_end(self, server, report):
+        print("round", report.round, flush=True)
+
+
 def main():
-    folder, strategy, parameterization, rounds, *more = sys.argv[1:]
-    run(folder, strategy, parameterization, int(rounds), 1e30 if "--diverge" in more else 0.1)
+    folder, strategy, parameterization, rounds, *variant = sys.argv[1:]
+    run(folder, strategy, parameterization, int(rounds), *variant)
 
 
-def run(folder, strategy, parameterization, rounds, learning_rate=0.1):
+def run(folder, strategy, parameterization, rounds, variant=None):
+    changes = VARIANTS[variant] if variant else {}
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(16, 32),
         nn.ReLU(),
-        nn.Dropout(0.2),
+        # Clients cannot be stacked with dropout, or unless some have equally many examples.
+        nn.Dropout(0.0 if variant == "batched" else 0.2),
         nn.Linear(32, 32),
         nn.ReLU(),
         nn.Linear(32, 4),
@@ -68,19 +88,19 @@ def run(folder, strategy, parameterization, rounds, learning_rate=0.1):
         model = get_peft_model(model, config)
     x = torch.randn(203, 16)
     data = TensorDataset(x, x[:, :4].argmax(1))
-    clients = partition(data, "quantity", 8, concentration=3.0)
+    if variant == "batched":
+        clients = partition(data, "iid", 8)
+    else:
+        clients = partition(data, "quantity", 8, concentration=3.0)
     args = FederatedArguments(
         folder, num_rounds=rounds, clients_per_round=4, per_client_batch_size=8,
-        eval_batch_size=32, learning_rate=learning_rate,
-        save_every=3, save_total_limit=2, momentum=0.5, disable_tqdm=True,
-        client_store="disk" if parameterization == "fedpara" else "auto",
+        eval_batch_size=32, save_every=3, save_total_limit=2, momentum=0.5, disable_tqdm=True,
+        client_store="disk" if parameterization == "fedpara" else "auto", **changes,
     )  # fmt: skip
     trainer = FederatedTrainer(
         model, args, clients, data, compute_metrics=accuracy, strategy=STRATEGIES[strategy],
-        client_eval_dataset=clients,
+        client_eval_dataset=clients, callbacks=[Tells()],
     )  # fmt: skip
-    if trainer.accelerator.is_main_process:
-        print("training", flush=True)
     trainer.train(resume_from_checkpoint=True)
     if not trainer.accelerator.is_main_process:
         return
@@ -88,6 +108,9 @@ def run(folder, strategy, parameterization, rounds, learning_rate=0.1):
     for i in range(8):
         personal = trainer.client_model(i)
         final |= {f"client {i} {k}": v.clone() for k, v in personal.state_dict().items()}
+        kept = trainer._store.get(i)
+        residual = kept.residual if kept else {}
+        final |= {f"residual {i} {k}": v.clone() for k, v in residual.items()}
     save_file(final, Path(folder) / "final.safetensors")
 
 

@@ -50,6 +50,7 @@ def same(a, b):
         for r, s in zip(history, again, strict=True):
             assert r.train_loss == pytest.approx(s.train_loss, rel=1e-9)
             assert (r.uplink_bytes, r.cohort) == (s.uplink_bytes, s.cohort)
+            assert all(0 < report.slowest_client_s < report.seconds for report in (r, s))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tests.federation.test_resume import final, same
+from tests.federation.test_resume import InterruptedTestError, StopAfter, final, same
 from tests.federation.test_trainer import arguments, toy
 from tests.zoo import adapted, mlp
 
@@ -76,16 +76,23 @@ def test_what_the_server_uses_is_what_was_decoded(tmp_path, feedback):
     assert (state is None) != feedback
 
 
+@pytest.mark.parametrize("store", ["memory", "disk"])
 @pytest.mark.parametrize("strategy", [None, Scaffold()])
-def test_resume_is_exact_with_residuals(tmp_path, strategy):
+def test_resume_is_exact_with_residuals(tmp_path, strategy, store):
     settings = {
         "uplink_codec": "topk:0.2+int4", "downlink_codec": "int8", "error_feedback": True,
         "save_every": 2,
     }  # fmt: skip
     whole = trainer(tmp_path / "whole", None, strategy, **settings, num_rounds=7)
     whole.train()
-    trainer(tmp_path / "cut", None, strategy, **settings, num_rounds=4).train()
-    again = trainer(tmp_path / "cut", None, strategy, **settings, num_rounds=7)
+    settings |= {"num_rounds": 7, "client_store": store}
+    cut = trainer(tmp_path / "cut", None, strategy, **settings)
+    cut.callbacks.append(StopAfter(5))
+    with pytest.raises(InterruptedTestError):
+        cut.train()
+    ahead = [p for p in (tmp_path / "cut" / "clients").iterdir() if "round-5" in p.name]
+    assert bool(ahead) == (store == "disk")  # residuals that checkpoint-4 knows nothing of
+    again = trainer(tmp_path / "cut", None, strategy, **settings)
     again.train(resume_from_checkpoint=True)
     assert same(final(again), final(whole))
     for client in range(5):

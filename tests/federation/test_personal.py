@@ -18,6 +18,7 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.federation.evaluation import over_clients
+from fedpara_peft.federation.metrics import higher_is_better
 from fedpara_peft.federation.sampling import sample_cohort
 
 CASES = {
@@ -141,6 +142,28 @@ def test_worst_decile():
     found = over_clients(list(range(25)), higher_is_better=True)
     assert found == {"mean": 12.0, "worst_decile": 1.0, "std": pytest.approx(np.std(range(25)))}
     assert over_clients(list(range(25)), higher_is_better=False)["worst_decile"] == 23.0
+
+
+def test_names_tell_which_way_is_better():
+    for name in (
+        "loss", "eval_loss", "perplexity", "client_perplexity_worst_decile", "word_error_rate",
+        "error", "RMSE", "eval_mae", "client_accuracy_std",
+    ):  # fmt: skip
+        assert not higher_is_better(name), name
+    for name in ("accuracy", "f1", "client_accuracy_worst_decile", "lossless", "measure", "bleu"):
+        assert higher_is_better(name), name
+
+
+def test_the_worst_clients_have_the_highest_perplexity(tmp_path):
+    clients = partition(toy(), "iid", 4)
+    sizes = iter(range(10, 100))
+    trainer = FederatedTrainer(
+        mlp(), arguments(tmp_path, num_rounds=1), clients, client_eval_dataset=clients,
+        compute_metrics=lambda _: {"perplexity": (n := next(sizes)), "f1": n},
+    )  # fmt: skip
+    found = trainer.train()[-1].metrics
+    assert found["client_perplexity_worst_decile"] == 13
+    assert found["client_f1_worst_decile"] == 10
 
 
 def test_errors_name_the_remedy(tmp_path):

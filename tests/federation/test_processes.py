@@ -32,13 +32,16 @@ def run(processes, script, *arguments):
     return done
 
 
-@pytest.mark.parametrize("case", [("Scaffold", "pfedpara"), ("FedAdam", "dense")])
+@pytest.mark.parametrize(
+    "case", [("Scaffold", "pfedpara", 6, "codec"), ("FedAdam", "dense", 6)], ids=str
+)
 def test_two_processes_are_one(tmp_path, case):
     for processes in (1, 2):
-        done = run(processes, "runs.py", tmp_path / str(processes), *case, 6)
+        done = run(processes, "runs.py", tmp_path / str(processes), *case)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / n / "final.safetensors") for n in "12")
     assert one.keys() == two.keys()
+    assert any(k.startswith("residual") for k in one) == ("codec" in case)
     assert all(torch.equal(t, two[k]) for k, t in one.items())
     histories = [History.load(tmp_path / n / "history.json") for n in "12"]
     for a, b in zip(*histories, strict=True):
@@ -48,6 +51,7 @@ def test_two_processes_are_one(tmp_path, case):
             b.client_metrics,
         )
         assert a.uplink_bytes == b.uplink_bytes > 0
+        assert a.slowest_client_s > 0 < b.slowest_client_s
 
 
 def test_one_process_continues_what_two_began(tmp_path):
@@ -59,7 +63,7 @@ def test_one_process_continues_what_two_began(tmp_path):
 
 
 def test_a_client_that_diverges_elsewhere_stops_everybody(tmp_path):
-    done = run(2, "runs.py", tmp_path, "FedAvg", "dense", 6, "--diverge")
+    done = run(2, "runs.py", tmp_path, "FedAvg", "dense", 6, "diverge")
     assert done.returncode != 0
     assert done.stderr.count("RoundError") >= 2  # both processes, none waiting for the other
     assert "diverged in round 1" in done.stderr

@@ -33,7 +33,7 @@ from fedpara_peft.comm.schema import schema_of
 from fedpara_peft.federation.client import LocalTrainer
 from fedpara_peft.federation.random import derived_seed, torch_generator
 from fedpara_peft.federation.sampling import sample_cohort
-from fedpara_peft.federation.state import Broadcast
+from fedpara_peft.federation.state import Broadcast, RoundReport
 
 
 def toy(examples=120, seed=0):
@@ -342,8 +342,26 @@ def test_cohort_sizes():
     assert json.dumps(draws[0])
 
 
+def test_targets_are_reached_from_the_better_side():
+    reports = [
+        RoundReport(n, (0,), None, {"eval_loss": 4.0 - n, "bleu": n}, 10, 5, 1, 0.5)
+        for n in (1, 2, 3)
+    ]
+    history = History(tuple(reports))
+    assert history.rounds_to_target("eval_loss", 2.0) == 2
+    assert history.bytes_to_target("eval_loss", 2.0) == 30
+    assert history.rounds_to_target("eval_loss", 0.5) is None
+    assert history.rounds_to_target("eval_loss", 2.0, higher_is_better=True) == 1
+    assert history.rounds_to_target("bleu", 2) == 2
+    assert history.bytes_to_target("bleu", 2, higher_is_better=False) == 15
+
+
 class HalfPrecision:
-    """What a GPU's fp16 accelerator is to local training, on a CPU."""
+    """What a GPU's fp16 accelerator is to local training, on a CPU.
+
+    A stub: Accelerate's own GradScaler needs a GPU, so that it is set aside, and our loss scale put
+    in its place, is seen here; that autocast and the scale get on with a GPU's kernels is not.
+    """
 
     device = torch.device("cpu")
     mixed_precision = "fp16"

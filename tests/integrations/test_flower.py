@@ -127,8 +127,10 @@ def assert_same(tmp_path, trainer, rounds=4):
     theirs = load_file(tmp_path / "simulated" / f"checkpoint-{rounds}" / "server.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    plain = [dataclasses.replace(r, seconds=0.0) for r in history(tmp_path)]
-    assert plain == [dataclasses.replace(r, seconds=0.0) for r in trainer.history]
+    timeless = {"seconds": 0.0, "slowest_client_s": None}
+    plain = [dataclasses.replace(r, **timeless) for r in history(tmp_path)]
+    assert plain == [dataclasses.replace(r, **timeless) for r in trainer.history]
+    assert history(tmp_path).wall_clock_s(trainer.ledger, 10.0) is None  # nodes do not tell
     ledger = Ledger.load(tmp_path / "server" / "ledger.npy")
     assert list(ledger.transfers()) == list(trainer.ledger.transfers())
 

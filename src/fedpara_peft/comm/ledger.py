@@ -91,7 +91,7 @@ class Ledger:
         Args:
             round: counted from 1.
             megabits_per_s: every client's bandwidth; the paper takes 2, 10 and 50.
-            compute_s: computing time of the slowest client.
+            compute_s: computing time of the slowest client; left out by default.
         """
         by_client: dict[int, int] = {}
         for transfer in self.transfers(round):

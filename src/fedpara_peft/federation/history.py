@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..comm.ledger import Ledger
+from .metrics import higher_is_better as by_name
 from .state import RoundReport
 
 
@@ -41,17 +43,58 @@ class History:
                 points.append((report.round, sent, report.metrics[metric]))
         return points
 
-    def bytes_to_target(self, metric: str, target: float) -> int | None:
-        """Bytes sent until the metric first reached the target; None if it never did."""
-        return next((sent for _, sent, value in self.curve(metric) if value >= target), None)
+    def bytes_to_target(
+        self, metric: str, target: float, higher_is_better: bool | None = None
+    ) -> int | None:
+        """Bytes sent until the metric first reached the target.
 
-    def rounds_to_target(self, metric: str, target: float) -> int | None:
-        """Rounds until the metric first reached the target; None if it never did."""
-        return next((number for number, _, value in self.curve(metric) if value >= target), None)
+        Args:
+            metric: its name in the reports.
+            target: the value to reach.
+            higher_is_better: whether it is reached from below; by default as
+                :func:`~.metrics.higher_is_better` tells from the name: from above for losses,
+                perplexities and errors.
+
+        Returns:
+            None if it never did.
+        """
+        return self._at_target(metric, target, higher_is_better)[1]
+
+    def rounds_to_target(
+        self, metric: str, target: float, higher_is_better: bool | None = None
+    ) -> int | None:
+        """Rounds until the metric first reached the target; as :meth:`bytes_to_target`."""
+        return self._at_target(metric, target, higher_is_better)[0]
+
+    def wall_clock_s(self, ledger: Ledger, megabits_per_s: float) -> float | None:
+        """Wall-clock time of all rounds with clients side by side: measured computing, transfers.
+
+        Computing is each round's slowest client on the machine that simulated it; for another
+        device, give its time to :meth:`Ledger.round_s`.
+
+        Args:
+            ledger: the run's.
+            megabits_per_s: every client's bandwidth; the paper takes 2, 10 and 50.
+
+        Returns:
+            None if computing was not measured in some round.
+        """
+        computing = [(r.round, r.slowest_client_s) for r in self.rounds]
+        if any(s is None for _, s in computing):
+            return None
+        return sum(ledger.round_s(n, megabits_per_s, s or 0.0) for n, s in computing)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the history as JSON."""
         Path(path).write_text(json.dumps([asdict(r) for r in self.rounds], indent=1) + "\n")
+
+    def _at_target(
+        self, metric: str, target: float, higher: bool | None
+    ) -> tuple[int, int] | tuple[None, None]:
+        sign = 1 if (by_name(metric) if higher is None else higher) else -1
+        points = self.curve(metric)
+        reached = ((number, sent) for number, sent, v in points if sign * v >= sign * target)
+        return next(reached, (None, None))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:

@@ -50,7 +50,8 @@ class Plan:
 
         Args:
             megabits_per_s: every client's bandwidth.
-            compute_s: computing time of the slowest client in a round; measure it, or leave it out.
+            compute_s: computing time of the slowest client in a round, such as a first run's
+                ``RoundReport.slowest_client_s``; left out by default.
         """
         rounds = zip(self.downlink_bytes, self.uplink_bytes, strict=True)
         return sum(compute_s + transfer_s(down + up, megabits_per_s) for down, up in rounds)

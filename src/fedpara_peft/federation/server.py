@@ -163,6 +163,7 @@ class RoundServer:
         seconds: float,
         dropped: Sequence[int] = (),
         averaging_bias: float | None = None,
+        slowest_client_s: float | None = None,
     ) -> RoundReport:
         """What happened in a closed round, evaluation left out.
 
@@ -172,6 +173,7 @@ class RoundServer:
             seconds: how long it took.
             dropped: clients that did not report, beside those that the simulation dropped.
             averaging_bias: where it was measured.
+            slowest_client_s: where it was measured.
         """
         number, updates = opened.number + 1, opened.updates
         return RoundReport(
@@ -187,6 +189,7 @@ class RoundServer:
             averaging_bias=averaging_bias,
             epsilon=self.epsilon(number),
             seconds=seconds,
+            slowest_client_s=slowest_client_s,
         )
 
     def epsilon(self, rounds: int) -> float | None:

@@ -127,6 +127,7 @@ class Outcome:
         update: what the server uses of it.
         refused: why it uses nothing.
         keeps_state: whether a new state of the client was stored.
+        seconds: how long it trained; of clients in a stack, an equal share of the stack's time.
     """
 
     client: int
@@ -134,6 +135,7 @@ class Outcome:
     update: ClientUpdate | None = None
     refused: Refused | None = None
     keeps_state: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class RoundReport:
         refused: those whose update was not used, each with the reason.
         train_loss: mean over the clients that reported, by examples; None if none did.
         metrics: evaluation after the round, of the global model (``eval_…``) and over the clients'
-            own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``); empty
+            own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``; which
+            tenth is the worst, :func:`~.metrics.higher_is_better` tells from the name); empty
             where none was made.
         client_metrics: every client's own numbers behind them, in client order.
         uplink_bytes: payloads from clients to the server.
@@ -170,7 +173,11 @@ class RoundReport:
         header_bytes: the part of both that is headers.
         averaging_bias: error of averaging factors instead of weights, relative to the mean update
             of the weights; None where it was not measured.
+        epsilon: ε of differential privacy so far; None without noise.
         seconds: wall-clock time of the round, evaluation left out.
+        slowest_client_s: training time of the slowest client that sent something, on the machine
+            that simulated it (with the batched engine, an equal share of its stack's time); None
+            where it was not measured.
     """
 
     round: int
@@ -186,3 +193,4 @@ class RoundReport:
     client_metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     averaging_bias: float | None = None
     epsilon: float | None = None
+    slowest_client_s: float | None = None

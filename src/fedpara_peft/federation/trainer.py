@@ -46,6 +46,7 @@ from .exchange import everyones
 from .facts import training_facts
 from .history import History
 from .loss import default_loss
+from .metrics import higher_is_better
 from .population import Population
 from .privacy import noise_seed
 from .sampling import share_out
@@ -76,7 +77,8 @@ class FederatedTrainer:
         data_collator: makes a batch from rows; see :func:`~.batches.batches` for the default.
         compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``; see
             :func:`~.loss.default_loss` for the default.
-        compute_metrics: from an ``EvalPrediction`` to named numbers.
+        compute_metrics: from an ``EvalPrediction`` to named numbers; see
+            :func:`~.metrics.higher_is_better` for what the names tell.
         strategy: the federated optimizer; FedAvg by default.
         callbacks: see :class:`~.callbacks.FederatedCallback`; called on the main process.
         client_eval_dataset: one data set per client, in the same order or by the same names, to
@@ -252,9 +254,11 @@ class FederatedTrainer:
         bias = None
         if self.args.report_averaging_bias:
             bias = AveragingBias(self.model, self._local.shared, server.params)
+        slowest = 0.0
         self._local.rest(opened.resting)
         for outcome in self._outcomes(opened):
             if outcome.size is not None:
+                slowest = max(slowest, outcome.seconds)
                 self.ledger.record(server.round + 1, outcome.client, "uplink", outcome.size)
             if outcome.refused is not None:
                 self._server.refuse(opened, outcome.refused)
@@ -266,7 +270,9 @@ class FederatedTrainer:
         server, mean = self._server.close(opened)
         measured = None if bias is None else bias.result(mean.update)
         seconds = time.perf_counter() - start
-        report = self._server.report(opened, self.ledger, seconds, averaging_bias=measured)
+        report = self._server.report(
+            opened, self.ledger, seconds, averaging_bias=measured, slowest_client_s=slowest
+        )
         self._local.load(server.params)
         if self._due(self.args.eval_every, server.round):
             report = self._evaluated(server, report)
@@ -295,47 +301,52 @@ class FederatedTrainer:
         """Train clients in this process, side by side where that pays; in client order."""
         data: dict[int, Any] = {}
         stacked: dict[int, Any] = {}
+        shares: dict[int, float] = {}
         if self._batched is not None and self._batched.wanted(len(clients)):
             data = {client: self.population.train[client] for client in clients}
             for group in self._batched.groups(data):
                 of_group = [data[client] for client in group]
                 states = [self._store.get(client) for client in group]
+                start = time.perf_counter()
                 ended = self._batched.train(
                     group, of_group, opened.number, opened.broadcast, states, opened.resting
                 )
+                share = (time.perf_counter() - start) / len(group)
                 stacked.update(zip(group, ended, strict=True))
+                shares.update(dict.fromkeys(group, share))
         for client in clients:
             if client in stacked:
                 engine = functools.partial(self._local.end, *stacked.pop(client))
             else:
                 own = data[client] if client in data else self.population.train[client]
-                engine = functools.partial(self._train, client, own, opened)
-            yield self._send(client, engine, opened)
-
-    def _train(self, client: int, data: Any, opened: OpenRound) -> tuple[ClientUpdate, ClientState]:
-        state = self._store.get(client)
-        return self._local.train(
-            client, data, opened.number, opened.broadcast, state, opened.resting
-        )
+                state = self._store.get(client)
+                engine = functools.partial(
+                    self._local.train,
+                    client, own, opened.number, opened.broadcast, state, opened.resting,
+                )  # fmt: skip
+            yield self._send(client, engine, opened, shares.get(client, 0.0))
 
     def _send(
         self,
         client: int,
         engine: Callable[[], tuple[ClientUpdate, ClientState]],
         opened: OpenRound,
+        seconds: float,
     ) -> Outcome:
-        """Take what a client trained through the channel."""
-        number, size = opened.number, None
+        """Take what a client trained through the channel; ``seconds`` it has trained already."""
+        number, size, start = opened.number, None, time.perf_counter()
         try:
             update, state = engine()
+            seconds += time.perf_counter() - start
             size = self._channel.format("uplink", update.update, update.extra).size
             update, state, _ = self._channel.uplink(update, state, number)
             update = self._server.checked(update)
         except PayloadError as error:
-            return Outcome(client, size, refused=Refused(client, error.reason, str(error)))
+            refused = Refused(client, error.reason, str(error))
+            return Outcome(client, size, refused=refused, seconds=seconds)
         if state:
             self._store.put(client, number + 1, state)
-        return Outcome(client, size, update, keeps_state=bool(state))
+        return Outcome(client, size, update, keeps_state=bool(state), seconds=seconds)
 
     def _evaluated(self, server: ServerState, report: RoundReport) -> RoundReport:
         metrics: dict[str, float] = {}
@@ -345,7 +356,7 @@ class FederatedTrainer:
         if self.population.eval is not None:
             every = self._evaluate_clients(server)
             for name, values in every.items():
-                spread = over_clients(values, higher_is_better=not name.endswith("loss"))
+                spread = over_clients(values, higher_is_better(name))
                 metrics |= {f"client_{name}_{which}": value for which, value in spread.items()}
         return dataclasses.replace(report, metrics=metrics, client_metrics=every)
 

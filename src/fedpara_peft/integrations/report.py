@@ -106,6 +106,10 @@ def _overview(run: Run) -> str:
     if epsilon is not None:
         rows.append(("privacy spent", f"ε = {epsilon:.3g}"))
     rows.append(("time", f"{sum(r.seconds for r in reports):,.1f} s, evaluation left out"))
+    slowest = [r.slowest_client_s for r in reports if r.slowest_client_s is not None]
+    if slowest:
+        shown = f"{sum(slowest):,.1f} s, the slowest of every round"
+        rows.append(("clients' training", shown))
     note = f'<p class="note">Read from {escape(run.source)}.</p>'
     return f"{note}\n{_table(rows)}"
 
