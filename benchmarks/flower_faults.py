@@ -47,7 +47,7 @@ from bench_app import faulty  # noqa: E402
 from digits_app import task  # noqa: E402
 from federation import NUM_CLIENTS, Federation, free_port, tool  # noqa: E402
 
-DEADLINE_S = 180  # of a round
+DEADLINE_S = 120  # of a round
 LIMIT_S = 600  # of anything that is waited for
 
 

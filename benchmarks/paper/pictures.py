@@ -29,7 +29,8 @@ def accuracy_for_bytes(curves: list[tuple[str, str, str, Points]], path: Path, t
     axes.set(xscale="log", xlabel="sent, up and down (MB, logarithmic)",
              ylabel="test accuracy (%)", title=title)  # fmt: skip
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
-    axes.legend(frameon=False, fontsize=8)
+    if curves:
+        axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -68,12 +68,12 @@ def percent(rows: Rows, name: str = "accuracy") -> str:
 def equal_size_cells(scale: str, task: str) -> list[Cell]:
     """Table 2: dense, FedPara and low-rank of FedPara's size."""
     splits = ("iid", "role" if task == "shakespeare" else "dirichlet")
-    return [
-        cell
-        for split in splits
-        for method in ("dense", "fedpara", "lowrank")
-        for cell in seeds(Cell(task, scale, method, split, DEFAULT_GAMMA[task]))
-    ]
+    kinds = [(split, method, DEFAULT_GAMMA[task])
+             for split in splits for method in ("dense", "fedpara", "lowrank")]  # fmt: skip
+    if DEFAULT_GAMMA[task] and scale == "cpu":
+        kinds += [("iid", "fedpara", 0.0), ("iid", "lowrank", 0.0)]
+    return [c for split, method, gamma in kinds
+            for c in seeds(Cell(task, scale, method, split, gamma))]  # fmt: skip
 
 
 def equal_size(scale: str, task: str, results: Results) -> str:
@@ -86,7 +86,8 @@ def equal_size(scale: str, task: str, results: Results) -> str:
             continue
         tuned = results.tuned(cell)
         assert tuned is not None
-        lines.append([f"{cell.split}, {LABELS[cell.method]}", f"{rows[0]['parameters']:,}",
+        gamma = "" if cell.method == "dense" else f", γ = {cell.gamma:g}"
+        lines.append([f"{cell.split}, {LABELS[cell.method]}{gamma}", f"{rows[0]['parameters']:,}",
                       f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), str(len(rows)),
                       f"{tuned.learning_rate:g}"])  # fmt: skip
     return table(["split, model", "parameters", "MB sent", "accuracy, %", "seeds", "rate"], lines)
@@ -137,10 +138,11 @@ def traffic(scale: str, task: str, results: Results) -> str:
 
 
 def mean_curve(rows: Rows) -> list[tuple[float, float]]:
-    """Megabytes and mean accuracy, by evaluated round."""
+    """Megabytes and mean accuracy, by round evaluated in all rows."""
+    curves = [{point[0]: point for point in row["curve"]} for row in rows]
+    rounds = sorted(set.intersection(*map(set, curves)))
     return [
-        (points[0][1] / 1e6, statistics.mean(point[2] for point in points))
-        for points in zip(*(row["curve"] for row in rows), strict=True)
+        (curves[0][r][1] / 1e6, statistics.mean(curve[r][2] for curve in curves)) for r in rounds
     ]
 
 
@@ -151,7 +153,7 @@ def point_at(curve: list[list[float]], target: float) -> list[float] | None:
 
 def gamma_cells(scale: str, task: str) -> list[Cell]:
     """Figure 4: one seed for each rank ratio, and dense."""
-    ratios = sorted({DEFAULT_GAMMA[task], 0.1, 0.3, 0.5, 0.7, 0.9})
+    ratios = sorted({DEFAULT_GAMMA[task], 0.0, 0.1, 0.3, 0.5, 0.7, 0.9})
     return [Cell(task, scale, "fedpara", gamma=ratio) for ratio in ratios]
 
 
