@@ -204,7 +204,8 @@ CLAIMS = (
           full_rank, "benchmarks/figure6_rank.py", "results/figure6_rank"),
     *(
         Claim(f"FedPara passes low-rank of its size: {name} (Tab. 2)", paper,
-              over_low_rank(task, split, gamma), f"{RUN} --only table2", f"results/paper/{{scale}}-{task}")
+              over_low_rank(task, split, gamma), f"{RUN} --only table2",
+              f"results/paper/{{scale}}-{task}")
         for name, paper, task, split, gamma in (
             ("CIFAR-10, IID", "~ 77.6 → 82.9", "cifar10", "iid", None),
             ("CIFAR-10, Dirichlet 0.5", "~ 67.8 → 71.4", "cifar10", "dirichlet", None),
