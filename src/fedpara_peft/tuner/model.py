@@ -74,7 +74,7 @@ class FedParaModel(BaseTuner):
                 continue
             matched += 1
             base_layer = base_layer_of(module)
-            layer_cls = supported_class(module)
+            layer_cls = supported_class(module, key)
             if replaced:
                 check_replaceable(layer_cls, base_layer, key, shared)
             factorized += bool(plan_layer(peft_config, key, layer_cls.weights_of(base_layer)))
