@@ -12,7 +12,8 @@ DOCS   := $(VENV)/.installed-docs
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation docs test test-slow lint type check bench bench-mnist fmt clean
+.PHONY: help install demo federation docs test test-slow lint type check bench bench-mnist bench-paper \
+        fmt clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
@@ -76,9 +77,16 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/federation_speed.py
 	$(BIN)/python benchmarks/engines.py
 
-bench-mnist: $(TESTS)  ## Measure codecs and personal models on MNIST; DATA=folder or Hub id
-	$(BIN)/python benchmarks/personal_mnist.py --data $(or $(DATA),ylecun/mnist)
-	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(DATA),ylecun/mnist)
+bench-mnist: $(TESTS)  ## Measure codecs on MNIST; MNIST=folder or Hub id
+	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(MNIST),ylecun/mnist)
+
+# Data sets are the Hub's unless a folder or file is given: CIFAR10, CIFAR100, CINIC10, SHAKESPEARE, MNIST.
+PAPER_DATA = $(foreach name,cifar10 cifar100 cinic10 shakespeare mnist,\
+               $(if $($(shell echo $(name) | tr a-z A-Z)),--$(name) $($(shell echo $(name) | tr a-z A-Z))))
+
+bench-paper: $(TESTS)  ## The paper's claims (hours; goes on where it stopped); SCALE=full for a GPU
+	$(BIN)/python benchmarks/paper/counts.py
+	$(BIN)/python benchmarks/paper/run.py --scale $(or $(SCALE),cpu) $(PAPER_DATA)
 
 fmt: $(TESTS)  ## Format the code
 	$(BIN)/ruff check --fix .

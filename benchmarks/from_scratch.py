@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from measure import paired, ratio
-from models import CharLSTM, mlp, resnet18, vgg16
+from models import char_lstm, mlp, resnet18, vgg16
 from peft import get_peft_model
 from report import table, write
 from torch import nn
@@ -82,7 +82,7 @@ def cases() -> dict[str, tuple[Callable[[], nn.Module], list[str] | str, float, 
         "VGG16-GN, batch 64": (vgg16, convolutions, 0.1, images(64), classes(64)),
         "VGG16-GN, batch 10": (vgg16, convolutions, 0.1, images(10), classes(10)),
         "ResNet18, batch 64": (resnet18, convolutions, 0.1, images(64), classes(64)),
-        "LSTM 2x256, T 80, batch 64": (CharLSTM, ["lstm"], 0.0, classes(64, 80), classes(64, 80)),
+        "LSTM 2x256, T 80, batch 64": (char_lstm, ["lstm"], 0.0, classes(64, 80), classes(64, 80)),
         "MLP, batch 10": (mlp, ["0"], 0.0, torch.randn(10, 784), classes(10)),
         "MLP, batch 64": (mlp, ["0"], 0.0, torch.randn(64, 784), classes(64)),
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from measure import paired, ratio
-from models import CharLSTM, mlp, vgg16
+from models import char_lstm, mlp, vgg16
 from peft import get_peft_model
 from report import table, write
 from torch import nn
@@ -48,7 +48,7 @@ def main() -> None:
     sequence = torch.randint(0, 80, (64, 80))
     cases: list[tuple[str, Callable[[], nn.Module], Any, torch.Tensor, torch.Tensor]] = [
         ("MLP 784-256-10, batch 64", mlp, ["0"], torch.randn(64, 784), labels),
-        ("LSTM 2x256, T 80, batch 64", CharLSTM, ["lstm"], sequence, sequence),
+        ("LSTM 2x256, T 80, batch 64", char_lstm, ["lstm"], sequence, sequence),
         ("VGG16-GN, batch 64", vgg16, None, torch.randn(64, 3, 32, 32), labels),
     ]
     rows, lines = [], []

@@ -23,8 +23,11 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     # A folder of this machine means nothing on another: its name must do.
     arguments = [Path(a).name if "/" in a and Path(a).exists() else a for a in sys.argv[1:]]
+    script = Path(sys.argv[0]).resolve()
+    inside = script.is_relative_to(RESULTS.parent)
+    name = script.relative_to(RESULTS.parent.parent) if inside else script.name
     return {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
+        "command": " ".join(["python", str(name), *arguments]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -44,7 +47,7 @@ def write(name: str, title: str, text: str, rows: list[dict[str, Any]]) -> None:
     print(markdown)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Make a Markdown table; all columns but the first are aligned right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+    """Make a Markdown table; numbers, in all columns but the first, are aligned right."""
+    lines = [header, ["---"] + ["---:" if numbers else "---"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

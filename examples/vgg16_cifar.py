@@ -18,6 +18,7 @@ These take a GPU. On two CPU cores a narrow net learns in minutes:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 from vision import run
@@ -27,9 +28,16 @@ CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 5
 
 def vgg16(classes: int = 10, width: float = 1.0) -> nn.Sequential:
     """Thirteen convolutions, all factorized, and three dense layers, 512-512-classes."""
+    return vgg(CHANNELS, classes, width, hidden=2)
+
+
+def vgg(
+    stages: Sequence[Sequence[int]], classes: int, width: float = 1.0, hidden: int = 0
+) -> nn.Sequential:
+    """Stages of convolutions, each halving the image, which must be down to one pixel then."""
     layers: list[nn.Module] = []
     inputs = 3
-    for stage in CHANNELS:
+    for stage in stages:
         for channels in stage:
             outputs = round(channels * width)
             convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -38,9 +46,10 @@ def vgg16(classes: int = 10, width: float = 1.0) -> nn.Sequential:
             layers += [convolution, nn.GroupNorm(math.gcd(32, outputs), outputs), nn.ReLU()]
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
-    layers += [nn.Flatten(), nn.Linear(inputs, inputs), nn.ReLU()]
-    layers += [nn.Linear(inputs, inputs), nn.ReLU(), nn.Linear(inputs, classes)]
-    return nn.Sequential(*layers)
+    layers.append(nn.Flatten())
+    for _ in range(hidden):
+        layers += [nn.Linear(inputs, inputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Codecs, refusals, robust means and noise inside a run."""
 
+import dataclasses
+import shutil
+
 import pytest
 import torch
 from tests.federation.test_resume import final, same
@@ -9,6 +12,7 @@ from tests.zoo import adapted, mlp
 from fedpara_peft import (
     ArgumentsError,
     CodecError,
+    FederatedArguments,
     FederatedTrainer,
     History,
     RoundError,
@@ -20,6 +24,7 @@ from fedpara_peft.comm.codecs import codec_from_name
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
 from fedpara_peft.federation.mean import TrimmedMean, aggregate_from_name
+from fedpara_peft.federation.privacy import GaussianMechanism
 
 
 def trainer(folder, model=None, strategy=None, **changes):
@@ -129,6 +134,23 @@ def test_bad_updates_are_refused_by_name_and_the_round_goes_on(
     assert History.load(tmp_path / "history.json") == history
 
 
+@pytest.mark.parametrize(
+    ("factor", "settings", "reason"),
+    [(float("nan"), {}, "not_finite"), (1e6, {"max_update_norm": 50.0}, "norm")],
+)
+def test_what_a_strategy_sends_beside_the_update_is_checked_alike(
+    tmp_path, factor, settings, reason, caplog
+):
+    def bad(update):
+        control = {n: t * factor for n, t in update.extra["control"].items()}
+        return dataclasses.replace(update, extra={"control": control})
+
+    run = trainer(tmp_path, None, Scaffold(), clients_per_round=5, num_rounds=2, **settings)
+    for report in poisoned(run, bad).train():
+        assert report.refused == ((1, reason), (3, reason))
+    assert "the control of client 1" in caplog.text
+
+
 def test_quorum(tmp_path):
     run = poisoned(trainer(tmp_path, clients_per_round=5, quorum=0.8), changed(float("nan")))
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
@@ -184,7 +206,7 @@ def test_noise_has_the_stated_size_and_cost(tmp_path):
     def moved(folder, noise):
         run = trainer(
             folder, num_rounds=3, clients_per_round=4, clip_update_norm=0.5,
-            dp_noise_multiplier=noise, learning_rate=1e-9,
+            dp_noise_multiplier=noise, dp_noise_seed=7, learning_rate=1e-9,
         )  # fmt: skip
         start = torch.cat([p.detach().flatten() for p in run.model.parameters()]).clone()
         history = run.train()
@@ -201,6 +223,40 @@ def test_noise_has_the_stated_size_and_cost(tmp_path):
     assert history[-1].epsilon == pytest.approx(accountant.get_epsilon(1e-5))
     assert history[0].epsilon < history[1].epsilon < history[2].epsilon
     assert moved(tmp_path / "c", 0.0)[1][-1].epsilon is None
+
+
+def test_the_noise_cannot_be_drawn_again_by_others(tmp_path):
+    """The run's seed is published, the noise's is not; a resumed run has the same all the same."""
+    pytest.importorskip("dp_accounting")
+    settings = {"num_rounds": 4, "clients_per_round": 4, "clip_update_norm": 0.5,
+                "dp_noise_multiplier": 1.0, "save_every": 2}  # fmt: skip
+
+    def state(run):
+        return {n: t.clone() for n, t in run.model.state_dict().items()}
+
+    runs = [trainer(tmp_path / name, **settings) for name in "ab"]
+    for run in runs:
+        run.train()
+    first, second = map(state, runs)
+    assert all(not torch.equal(first[n], second[n]) for n in first)
+    assert "noise_seed" not in (tmp_path / "a" / "settings.json").read_text()
+    shutil.rmtree(tmp_path / "a" / "checkpoint-4")
+    again = trainer(tmp_path / "a", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(t, first[n]) for n, t in state(again).items())
+
+
+def test_how_many_reported_does_not_show_in_the_noise(tmp_path):
+    args = FederatedArguments(
+        str(tmp_path), clip_update_norm=1.0, dp_noise_multiplier=1.0, drop_out_probability=0.2
+    )
+    pytest.importorskip("dp_accounting")
+    mechanism = GaussianMechanism(args, 20, 10, [])
+    ones = {"w": torch.ones(3, dtype=torch.float64)}
+    none = mechanism.add_noise({"w": torch.zeros(3, dtype=torch.float64)}, 0, 5, 1)
+    for count in (1, 6, 10):
+        noisy = mechanism.add_noise(ones, count, 5, 1)
+        torch.testing.assert_close(noisy["w"] - none["w"], ones["w"] * count / 8)
 
 
 @pytest.mark.parametrize(

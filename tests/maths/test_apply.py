@@ -149,4 +149,5 @@ def test_the_cost_rule_at_known_places():
     assert rule(4096, 4096, 32, 1, training=False)
     assert not rule(768, 768, 32, 512)
     assert rule(256, 512, 16, 10, joined=False)  # from scratch at a tiny batch
+    assert not rule(256, 784, 32, 10, joined=False)  # building 1,024 columns costs more
     assert not rule(256, 512, 16, 500, joined=False)

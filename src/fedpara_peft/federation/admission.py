@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
 from ..comm.errors import PayloadError
+from ..comm.state import State
 from .arguments import FederatedArguments
 from .errors import RoundError
 from .state import ClientUpdate, Refused
@@ -15,28 +17,39 @@ from .state import ClientUpdate, Refused
 def checked(update: ClientUpdate, args: FederatedArguments) -> ClientUpdate:
     """An update that may be used, scaled down to ``clip_update_norm`` if it is larger.
 
+    The update and each group that the strategy sends beside it (SCAFFOLD's change of the control)
+    are held to the same norms, every one by itself.
+
     Raises:
-        PayloadError: it holds NaN or infinity, or its norm is beyond ``max_update_norm``.
+        PayloadError: it holds NaN or infinity, or a norm is beyond ``max_update_norm``.
     """
-    norm = update_norm(update)
+    bounded = functools.partial(_bounded, client=update.client, args=args)
+    return dataclasses.replace(
+        update,
+        update=bounded("update", update.update),
+        extra={group: bounded(group, state) for group, state in update.extra.items()},
+    )
+
+
+def _bounded(what: str, state: State, client: int, args: FederatedArguments) -> State:
+    norm = state_norm(state)
     if norm != norm or norm == float("inf"):
-        raise PayloadError("not_finite", f"the update of client {update.client} is not finite")
+        raise PayloadError("not_finite", f"the {what} of client {client} is not finite")
     if args.max_update_norm is not None and norm > args.max_update_norm:
         raise PayloadError(
             "norm",
-            f"the update of client {update.client} has norm {norm:.3g}, allowed is "
+            f"the {what} of client {client} has norm {norm:.3g}, allowed is "
             f"{args.max_update_norm:.3g} (max_update_norm)",
         )
-    if args.clip_update_norm is not None and norm > args.clip_update_norm:
-        scale = args.clip_update_norm / norm
-        clipped = {n: t * scale if t.is_floating_point() else t for n, t in update.update.items()}
-        return dataclasses.replace(update, update=clipped)
-    return update
+    if args.clip_update_norm is None or norm <= args.clip_update_norm:
+        return state
+    scale = args.clip_update_norm / norm
+    return {n: t * scale if t.is_floating_point() else t for n, t in state.items()}
 
 
-def update_norm(update: ClientUpdate) -> float:
-    """The 2-norm of all floating-point entries of an update."""
-    floats = [t for t in update.update.values() if t.is_floating_point()]
+def state_norm(state: State) -> float:
+    """The 2-norm of all floating-point entries."""
+    floats = [t for t in state.values() if t.is_floating_point()]
     norms = [torch.linalg.vector_norm(t.float() if t.itemsize < 4 else t) for t in floats]
     return float(torch.stack(norms).double().norm()) if norms else 0.0
 

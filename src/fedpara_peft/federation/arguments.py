@@ -91,7 +91,11 @@ class FederatedArguments:
         default=False, metadata={"help": "Send what a codec lost the last time along."}
     )
     max_update_norm: float | None = field(
-        default=None, metadata={"help": "Refuse an update whose norm is larger."}
+        default=None,
+        metadata={
+            "help": "Refuse an update whose norm is larger, or that of what the strategy sends "
+            "beside it."
+        },
     )
     clip_update_norm: float | None = field(
         default=None, metadata={"help": "Scale an update down to this norm if it is larger."}
@@ -107,6 +111,13 @@ class FederatedArguments:
     dp_noise_multiplier: float = field(
         default=0.0,
         metadata={"help": "Gaussian noise on the sum of updates, in units of clip_update_norm."},
+    )
+    dp_noise_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the noise, for tests; by default a secret one, which only the "
+            "checkpoints hold."
+        },
     )
     dp_delta: float = field(default=1e-5, metadata={"help": "δ of the reported (ε, δ)."})
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})

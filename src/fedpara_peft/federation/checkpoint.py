@@ -33,7 +33,7 @@ from .state import ServerState
 from .store import sync
 from .strategies import Strategy
 
-_FORMAT = 1
+_FORMAT = 2
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 #: Arguments that a resumed run may change.
@@ -125,6 +125,7 @@ def save_checkpoint(
         "format": _FORMAT,
         "round": number,
         "buffers": sorted(server.buffers),
+        "noise_seed": server.noise_seed,
         "settings": dict(settings),
         "rounds": [asdict(report) for report in checkpoint.history],
     }
@@ -176,6 +177,7 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
         residual=groups.pop("residual", {}),
         optimizer={name.removeprefix("optimizer."): state for name, state in groups.items()},
         buffers=frozenset(found["buffers"]),
+        noise_seed=found["noise_seed"],
     )
     return Checkpoint(server, History(tuple(map(report_from_json, found["rounds"]))), ledger)
 

@@ -4,11 +4,14 @@ Every update is clipped to norm C and the server adds Gaussian noise to their su
 
     Δ = (Σ_i clip(Δ_i, C) + N(0, (z C)² I)) / m,
 
-so that the global model hardly depends on any one client. ε is computed by ``dp-accounting``.
+with m the number of clients expected to report, so that the global model hardly depends on any one
+client. ε is computed by ``dp-accounting``. It is meant for those who see global models: cohorts,
+losses and evaluations in a run's folder carry no noise, and its checkpoints hold the noise's seed.
 """
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import torch
@@ -16,7 +19,14 @@ import torch
 from ..comm.state import State
 from .arguments import FederatedArguments
 from .errors import ArgumentsError
-from .random import derived_seed
+from .random import torch_generator
+
+
+def noise_seed(args: FederatedArguments) -> int | None:
+    """A seed for a new run's noise, unrelated to the run's other randomness; None without noise."""
+    if not args.dp_noise_multiplier or args.dp_noise_seed is not None:
+        return args.dp_noise_seed
+    return secrets.randbits(63)
 
 
 class GaussianMechanism:
@@ -57,23 +67,27 @@ class GaussianMechanism:
         self._args = args
         self._size = (population, cohort_size)
 
-    def add_noise(self, mean: State, count: int, round: int) -> State:
-        """Noise on a mean of clipped updates.
+    def add_noise(self, mean: State, count: int, seed: int, round: int) -> State:
+        """The noisy sum of clipped updates, divided by the clients expected to report.
+
+        How many did report may tell something of them, so the divisor does not depend on it.
 
         Args:
-            mean: the mean.
+            mean: mean of the updates, zero if there are none.
             count: updates that it is of.
+            seed: of the run's noise.
             round: rounds completed, for the derived randomness.
         """
-        assert self._args.clip_update_norm is not None
-        std = self._args.dp_noise_multiplier * self._args.clip_update_norm / count
+        args = self._args
+        assert args.clip_update_norm is not None
+        expected = self._size[1] * (1 - args.drop_out_probability)
+        std = args.dp_noise_multiplier * args.clip_update_norm / expected
         noisy = {}
         for name, tensor in mean.items():
-            generator = torch.Generator().manual_seed(
-                derived_seed(self._args.seed, round, f"noise {name}")
-            )
+            generator = torch_generator(seed, round, name)
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            noisy[name] = tensor + (std * noise).to(tensor.dtype).to(tensor.device)
+            sum_part = tensor.double().cpu() * (count / expected)
+            noisy[name] = (sum_part + std * noise).to(tensor.dtype).to(tensor.device)
         return noisy
 
     def epsilon(self, rounds: int) -> float:

@@ -151,7 +151,7 @@ class RoundServer:
         require_quorum(updates.count, updates.refused, len(opened.cohort), self._args.quorum)
         mean = updates.mean(len(self._num_examples))
         stepped = opened.part
-        if updates.count:
+        if updates.count or self._privacy is not None:  # that nobody came must not show
             stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
         next_round = dataclasses.replace(stepped, round=opened.number + 1)
         return opened.server.updated(next_round), mean
@@ -196,5 +196,7 @@ class RoundServer:
     def _noisy(self, mean: CohortMean, opened: OpenRound) -> CohortMean:
         if self._privacy is None:
             return mean
-        noisy = self._privacy.add_noise(mean.update, opened.updates.count, opened.number)
+        seed = opened.server.noise_seed
+        assert seed is not None
+        noisy = self._privacy.add_noise(mean.update, opened.updates.count, seed, opened.number)
         return dataclasses.replace(mean, update=noisy)

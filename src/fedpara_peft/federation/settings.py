@@ -44,6 +44,7 @@ def describe_run(
     arguments = asdict(args)
     own = ", ".join(f"{name}={value!r}" for name, value in vars(strategy).items())
     del arguments["output_dir"]  # the folder may be moved, and its path is nobody's business
+    del arguments["dp_noise_seed"]  # who knows it can take the noise away
     return {
         "strategy": f"{type(strategy).__name__}({own})",
         "clients": len(num_examples),

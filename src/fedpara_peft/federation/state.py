@@ -20,6 +20,7 @@ class ServerState:
         optimizer: what the strategy's server step keeps, by name.
         buffers: names of the entries of ``params`` that are buffers, not parameters.
         residual: what the downlink's codec has lost so far, with error feedback.
+        noise_seed: of the noise of differential privacy, which protects while nobody knows it.
     """
 
     round: int
@@ -27,6 +28,7 @@ class ServerState:
     optimizer: Mapping[str, State] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
     residual: State = field(default_factory=dict)
+    noise_seed: int | None = None
 
     def restricted(self, names: Collection[str]) -> ServerState:
         """The part of the server that a round with these names works on."""

@@ -47,6 +47,7 @@ from .facts import training_facts
 from .history import History
 from .loss import default_loss
 from .population import Population
+from .privacy import noise_seed
 from .sampling import share_out
 from .schedule import factor_blocks
 from .server import OpenRound, RoundServer
@@ -378,7 +379,12 @@ class FederatedTrainer:
         if folder is None:
             if resume:
                 logger.warning("no checkpoint in %s yet: starting afresh", args.output_dir)
-            server = ServerState(0, _clone(self._local.shared), buffers=self._local.buffers)
+            server = ServerState(
+                0,
+                _clone(self._local.shared),
+                buffers=self._local.buffers,
+                noise_seed=gather_object([noise_seed(args)])[0],  # the first process's, for all
+            )
             reports: list[RoundReport] = []
             self.ledger = Ledger()
         else:
@@ -478,7 +484,7 @@ class FederatedTrainer:
             config = {
                 name: value if isinstance(value, int | float | str | bool) else str(value)
                 for name, value in dataclasses.asdict(self.args).items()
-                if value is not None
+                if value is not None and name != "dp_noise_seed"
             }
             self.accelerator.init_trackers("federated", config)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-#: Operations that one entry of a composed weight costs beside its products: elementwise passes are
-#: bound by memory, so they count for more than they compute. Measured, not derived.
+#: Operations that an entry of a composed weight, or of the form's factors, costs in training beside
+#: its products: elementwise passes are bound by memory, so they count for more than they compute.
+#: Measured, not derived.
 PASS_COST = 64
 
 
@@ -15,7 +16,7 @@ def low_rank_form_is_cheaper(
     Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
     F = R (M + N) + R² K entries of the form:
 
-        form       6 P F  training,    2 P F  inference
+        form       (6 P + c) F  training,    2 P F  inference, where it is kept
         compose    (16 r + c) D  training,    (4 r + c) D  inference
                    + 2 P D  training,  + 0    inference    joined: one product with W₀ + ΔW
                    + 6 P D  training,  + 2 P D inference   otherwise
@@ -30,6 +31,6 @@ def low_rank_form_is_cheaper(
     """
     if training:
         composing = (16 * r + PASS_COST) * dense + (2 if joined else 6) * positions * dense
-        return 6 * positions * form <= composing
+        return (6 * positions + PASS_COST) * form <= composing
     composing = (4 * r + PASS_COST) * dense + (0 if joined else 2) * positions * dense
     return 2 * positions * form <= composing

@@ -41,6 +41,7 @@ from ...federation.errors import ArgumentsError, ResumeError, RoundError
 from ...federation.evaluation import Evaluator, Metrics
 from ...federation.history import History
 from ...federation.loss import default_loss
+from ...federation.privacy import noise_seed
 from ...federation.schedule import factor_blocks
 from ...federation.server import OpenRound, RoundServer
 from ...federation.state import ClientUpdate, Refused, RoundReport, ServerState
@@ -274,7 +275,8 @@ class FederationServer:
         self._run_name = secrets.token_hex(8)
         name_file.write_text(self._run_name + "\n")
         params = {name: tensor.clone() for name, tensor in self._local.shared.items()}
-        return ServerState(0, params, buffers=self._local.buffers)
+        seed = noise_seed(self._args)
+        return ServerState(0, params, buffers=self._local.buffers, noise_seed=seed)
 
     def _introduced(self, directory: Directory) -> list[int]:
         """Examples of every client, as far as nodes have come."""

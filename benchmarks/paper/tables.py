@@ -1,0 +1,291 @@
+"""The paper's tables and figures: which cells each has, and how it is shown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pictures
+from cells import DEFAULT_GAMMA, SEEDS, Cell, Results
+from report import table
+
+from fedpara_peft.comm.ledger import PAPER_MEGABITS_PER_S, transfer_s
+
+Rows = list[dict[str, Any]]
+LABELS = {"dense": "dense", "fedpara": "FedPara", "lowrank": "low-rank", "pfedpara": "pFedPara",
+          "fedper": "FedPer", "fedavg": "FedAvg", "local": "local only"}  # fmt: skip
+STRATEGIES = ("FedAvg", "FedProx", "Scaffold", "FedDyn", "FedAdam")
+VARIANTS = ("", "He's fan-in variance in every factor", "Prop. 1 for kernels", "tanh",
+            "Jacobian correction", "one factor block a round")  # fmt: skip
+SCENARIOS = (
+    ("dirichlet", 1.0, "Dirichlet 0.5, all data"),
+    ("dirichlet", 0.2, "Dirichlet 0.5, a fifth of the data"),
+    ("classes", 1.0, "at most two classes, all data"),
+    ("classes", 0.2, "at most two classes, a fifth of the data"),
+)
+PERSONAL = ("pfedpara", "fedper", "fedavg", "local")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure.
+
+    Attributes:
+        tasks: those it is made for, by scale.
+        cells: its cells for a scale and task.
+        show: Markdown of what was found; writes its picture too.
+    """
+
+    title: str
+    tasks: dict[str, tuple[str, ...]]
+    cells: Callable[[str, str], list[Cell]]
+    show: Callable[[str, str, Results], str]
+
+
+def seeds(cell: Cell) -> list[Cell]:
+    """One cell for every seed."""
+    return [replace(cell, seed=seed) for seed in SEEDS]
+
+
+def found(results: Results, cell: Cell, all_seeds: bool = True) -> Rows:
+    """What there is of a cell."""
+    rows = [results.get(c) for c in (seeds(cell) if all_seeds else [cell])]
+    return [row for row in rows if row is not None]
+
+
+def percent(rows: Rows, name: str = "accuracy") -> str:
+    """Mean ± standard deviation, and of how many seeds where some are missing."""
+    values = [100 * row[name] for row in rows]
+    if not values:
+        return "not run"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def equal_size_cells(scale: str, task: str) -> list[Cell]:
+    """Table 2: dense, FedPara and low-rank of FedPara's size."""
+    splits = ("iid", "role" if task == "shakespeare" else "dirichlet")
+    return [
+        cell
+        for split in splits
+        for method in ("dense", "fedpara", "lowrank")
+        for cell in seeds(Cell(task, scale, method, split, DEFAULT_GAMMA[task]))
+    ]
+
+
+def equal_size(scale: str, task: str, results: Results) -> str:
+    """Accuracy at equal size."""
+    lines = []
+    cells = [c for c in equal_size_cells(scale, task) if c.seed == SEEDS[0]]
+    for cell in cells:
+        rows = found(results, cell)
+        if not rows:
+            continue
+        tuned = results.tuned(cell)
+        assert tuned is not None
+        lines.append([f"{cell.split}, {LABELS[cell.method]}", f"{rows[0]['parameters']:,}",
+                      f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), str(len(rows)),
+                      f"{tuned.learning_rate:g}"])  # fmt: skip
+    return table(["split, model", "parameters", "MB sent", "accuracy, %", "seeds", "rate"], lines)
+
+
+def traffic(scale: str, task: str, results: Results) -> str:
+    """Figure 3: accuracy against bytes, and bytes and time to a target."""
+    lines, curves = [], []
+    for split in ("iid", "role" if task == "shakespeare" else "dirichlet"):
+        base = Cell(task, scale, "dense", split, DEFAULT_GAMMA[task])
+        dense = found(results, base)
+        if not dense:
+            continue
+        target = 0.9 * statistics.mean(row["accuracy"] for row in dense)
+        reference: float | None = None
+        for method in ("dense", "fedpara", "lowrank"):
+            rows = found(results, replace(base, method=method))
+            if not rows:
+                continue
+            curves.append((f"{LABELS[method]}, {split}", method, split, mean_curve(rows)))
+            reached = [point_at(row["curve"], target) for row in rows]
+            if any(point is None for point in reached):
+                lines.append([f"{split}, {LABELS[method]}", f"{target:.1%}", "not reached by all"]
+                             + [""] * (2 + len(PAPER_MEGABITS_PER_S)))  # fmt: skip
+                continue
+            rounds = statistics.mean(point[0] for point in reached)
+            sent = statistics.mean(point[1] for point in reached)
+            reference = reference or sent
+            clients = base.of.clients_per_round
+            per_turn = rows[0]["bytes"] / (rows[0]["curve"][-1][0] * clients)
+            turn = statistics.median(row["turn_s"] for row in rows)
+            times = [
+                rounds * (turn + transfer_s(per_turn, speed)) for speed in PAPER_MEGABITS_PER_S
+            ]
+            lines.append([f"{split}, {LABELS[method]}", f"{target:.1%}", f"{rounds:.0f}",
+                          f"{sent / 1e6:,.1f}", f"{reference / sent:.1f}",
+                          *(f"{seconds:,.0f}" for seconds in times)])  # fmt: skip
+    name = f"{scale}-{task}-figure3.png"
+    pictures.accuracy_for_bytes(curves, results.folder / name, f"{task}, {scale} scale")
+    header = ["split, model", "target", "rounds", "MB to it", "times fewer than dense",
+              *(f"s at {speed:g} Mbit/s" for speed in PAPER_MEGABITS_PER_S)]  # fmt: skip
+    return (
+        table(header, lines)
+        + "\n\nTarget: 0.9 of the dense model's mean accuracy. Energy is proportional to the "
+        "bytes, whatever a bit costs. Time: a client's turn as measured here, and its transfers, "
+        f"down and up.\n\n![accuracy against bytes]({name})"
+    )
+
+
+def mean_curve(rows: Rows) -> list[tuple[float, float]]:
+    """Megabytes and mean accuracy, by evaluated round."""
+    return [
+        (points[0][1] / 1e6, statistics.mean(point[2] for point in points))
+        for points in zip(*(row["curve"] for row in rows), strict=True)
+    ]
+
+
+def point_at(curve: list[list[float]], target: float) -> list[float] | None:
+    """The first point at or above the target."""
+    return next((point for point in curve if point[2] >= target), None)
+
+
+def gamma_cells(scale: str, task: str) -> list[Cell]:
+    """Figure 4: one seed for each rank ratio, and dense."""
+    ratios = sorted({DEFAULT_GAMMA[task], 0.1, 0.3, 0.5, 0.7, 0.9})
+    return [Cell(task, scale, "fedpara", gamma=ratio) for ratio in ratios]
+
+
+def gammas(scale: str, task: str, results: Results) -> str:
+    """Accuracy by rank ratio."""
+    lines, points = [], []
+    dense = found(results, Cell(task, scale, "dense", gamma=DEFAULT_GAMMA[task]), False)
+    for cell in gamma_cells(scale, task):
+        for row in found(results, cell, False):
+            lines.append([f"{cell.gamma:g}", f"{row['parameters']:,}",
+                          f"{row['bytes'] / 1e6:,.1f}", percent([row])])  # fmt: skip
+            points.append((cell.gamma, row["accuracy"]))
+    lines += [["dense", f"{r['parameters']:,}", f"{r['bytes'] / 1e6:,.1f}", percent([r])]
+              for r in dense]  # fmt: skip
+    name = f"{scale}-{task}-figure4.png"
+    level = dense[0]["accuracy"] if dense else None
+    pictures.accuracy_by_gamma(points, level, results.folder / name, f"{task}, {scale} scale")
+    text = table(["γ", "parameters", "MB sent", "accuracy, %"], lines)
+    return f"{text}\n\nOne seed, IID.\n\n![accuracy by rank ratio]({name})"
+
+
+def strategy_cells(scale: str, task: str) -> list[Cell]:
+    """Table 3: FedPara with each strategy."""
+    base = Cell(task, scale, "fedpara", gamma=DEFAULT_GAMMA[task])
+    return [replace(base, strategy=name) for name in STRATEGIES]
+
+
+def strategies(scale: str, task: str, results: Results) -> str:
+    """Accuracy by strategy."""
+    lines = []
+    for cell in strategy_cells(scale, task):
+        for row in found(results, cell, False):
+            tuned = results.tuned(cell)
+            assert tuned is not None
+            lines.append([cell.strategy, f"{row['bytes'] / 1e6:,.1f}", percent([row]),
+                          f"{tuned.learning_rate:g}"])  # fmt: skip
+    text = table(["strategy", "MB sent", "accuracy, %", "rate"], lines)
+    return f"{text}\n\nFedPara, IID, one seed; clients' rates tuned for each strategy."
+
+
+def codec_cells(scale: str, task: str) -> list[Cell]:
+    """FedPAQ: quantized uploads with FedPara and dense."""
+    base = Cell(task, scale, "fedpara", gamma=DEFAULT_GAMMA[task])
+    return [
+        replace(base, method=method, codec=codec)
+        for method in ("fedpara", "dense")
+        for codec in ("identity", "int8", "int4")
+    ]
+
+
+def codecs(scale: str, task: str, results: Results) -> str:
+    """Accuracy and bytes by codec."""
+    lines = [
+        [f"{LABELS[cell.method]}, {cell.codec}", f"{row['bytes'] / 1e6:,.1f}", percent([row])]
+        for cell in codec_cells(scale, task)
+        for row in found(results, cell, False)
+    ]
+    text = table(["model, uplink codec", "MB sent, up and down", "accuracy, %"], lines)
+    return f"{text}\n\nIID, one seed; what travels down is not quantized."
+
+
+def ablation_cells(scale: str, task: str) -> list[Cell]:
+    """FedPara with one thing changed."""
+    base = Cell(task, scale, "fedpara", gamma=DEFAULT_GAMMA[task])
+    return [replace(base, variant=variant) for variant in VARIANTS]
+
+
+def ablations(scale: str, task: str, results: Results) -> str:
+    """Accuracy with one thing changed."""
+    lines = []
+    for cell in ablation_cells(scale, task):
+        for row in found(results, cell, False):
+            tuned = results.tuned(cell)
+            assert tuned is not None
+            lines.append([cell.variant or "as it is", f"{row['parameters']:,}",
+                          f"{row['bytes'] / 1e6:,.1f}", f"{row['turn_s']:.2f}", percent([row]),
+                          f"{tuned.learning_rate:g}"])  # fmt: skip
+    header = ["FedPara", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
+    return table(header, lines) + "\n\nIID, one seed; rates tuned for each row."
+
+
+def personal_cells(scale: str, task: str) -> list[Cell]:
+    """Figure 5: personalization, in the paper's three scenarios and one more."""
+    return [
+        cell
+        for split, share, _ in SCENARIOS
+        for method in PERSONAL
+        for cell in seeds(Cell(task, scale, method, split, DEFAULT_GAMMA[task], share=share))
+    ]
+
+
+def personal(scale: str, task: str, results: Results) -> str:
+    """Each client's own model on its own held-out data."""
+    lines, panels = [], []
+    for split, share, title in SCENARIOS:
+        curves = []
+        for method in PERSONAL:
+            cell = Cell(task, scale, method, split, DEFAULT_GAMMA[task], share=share)
+            rows = found(results, cell)
+            if not rows:
+                continue
+            tuned = results.tuned(cell)
+            assert tuned is not None
+            turns = rows[0]["curve"][-1][0] * cell.of.clients_per_round
+            lines.append([f"{title}: {LABELS[method]}", percent(rows),
+                          percent(rows, "worst_decile"), f"{rows[0]['bytes'] / turns / 1e3:,.0f}",
+                          f"{tuned.learning_rate:g}"])  # fmt: skip
+            numbers = [point[0] for point in rows[0]["curve"]]
+            heights = [height for _, height in mean_curve(rows)]
+            curves.append((LABELS[method], list(zip(numbers, heights, strict=True))))
+        panels.append((title, curves))
+    name = f"{scale}-{task}-figure5.png"
+    pictures.learning_curves(panels, results.folder / name)
+    header = ["clients' data: method", "accuracy on own data, %", "worst tenth of clients, %",
+              "kB a client and round, up and down", "rate"]  # fmt: skip
+    return (
+        table(header, lines)
+        + f"\n\nMean ± standard deviation of {len(SEEDS)} seeds. MNIST stands in for FEMNIST."
+        + f"\n\n![learning curves]({name})"
+    )
+
+
+_IMAGES = {"cpu": ("cifar10",), "full": ("cifar10", "cifar100", "cinic10")}
+_ALL = {"cpu": ("cifar10", "shakespeare"), "full": (*_IMAGES["full"], "shakespeare")}
+_ONE = {"cpu": ("cifar10",), "full": ("cifar10",)}
+_MNIST = {"cpu": ("mnist",), "full": ("mnist",)}
+
+TABLES: dict[str, Table] = {
+    "table2": Table("FedPara and low-rank at equal size (Tab. 2)", _ALL, equal_size_cells,
+                    equal_size),
+    "figure3": Table("Accuracy for bytes sent (Fig. 3)", _ALL, equal_size_cells, traffic),
+    "figure5": Table("Personal models (Fig. 5)", _MNIST, personal_cells, personal),
+    "figure4": Table("Accuracy by rank ratio (Fig. 4)", _ONE, gamma_cells, gammas),
+    "table3": Table("Strategies (Tab. 3)", _ONE, strategy_cells, strategies),
+    "fedpaq": Table("Quantized uploads (FedPAQ)", _ONE, codec_cells, codecs),
+    "ablations": Table("What each part is for", _ONE, ablation_cells, ablations),
+}  # fmt: skip
