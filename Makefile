@@ -12,11 +12,11 @@ DOCS   := $(VENV)/.installed-docs
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation docs test test-slow lint type check bench bench-mnist bench-paper \
-        fmt clean
+.PHONY: help install demo federation docs test test-slow lint type check fmt clean \
+        bench bench-mnist bench-paper bench-flower
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 # torch goes in first and alone: its CPU build, where the registry offers one, satisfies the rest.
 $(STAMP): pyproject.toml constraints.txt
@@ -87,6 +87,10 @@ PAPER_DATA = $(foreach name,cifar10 cifar100 cinic10 shakespeare mnist,\
 bench-paper: $(TESTS)  ## The paper's claims (hours; goes on where it stopped); SCALE=full for a GPU
 	$(BIN)/python benchmarks/paper/counts.py
 	$(BIN)/python benchmarks/paper/run.py --scale $(or $(SCALE),cpu) $(PAPER_DATA)
+
+bench-flower: $(FLOWER)  ## Measure faults and speed of a federation of real processes (half an hour)
+	$(BIN)/python benchmarks/flower_faults.py
+	$(BIN)/python benchmarks/flower_speed.py
 
 fmt: $(TESTS)  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -85,10 +85,10 @@ class Cell:
         return SCALES[self.scale, self.task]
 
     def tuning(self) -> list[Cell]:
-        """Runs whose best rate this cell takes; the same for all tables that use the method."""
+        """Runs whose best rate this cell takes: of its method with FedAvg as it is, and IID."""
         base = Cell(self.task, self.scale, self.method, gamma=DEFAULT_GAMMA[self.task],
                     split=self.split if self.task == "mnist" else "iid", share=self.share,
-                    variant=self.variant, strategy=self.strategy, seed=TUNING_SEED,
+                    seed=TUNING_SEED,
                     rounds=self.of.tuning_rounds)  # fmt: skip
         return [replace(base, learning_rate=rate) for rate in self.of.grid]
 

@@ -189,7 +189,7 @@ def strategies(scale: str, task: str, results: Results) -> str:
             lines.append([cell.strategy, f"{row['bytes'] / 1e6:,.1f}", percent([row]),
                           f"{tuned.learning_rate:g}"])  # fmt: skip
     text = table(["strategy", "MB sent", "accuracy, %", "rate"], lines)
-    return f"{text}\n\nFedPara, IID, one seed; clients' rates tuned for each strategy."
+    return f"{text}\n\nFedPara, IID, one seed; clients' rate as tuned for FedAvg."
 
 
 def codec_cells(scale: str, task: str) -> list[Cell]:
@@ -230,7 +230,7 @@ def ablations(scale: str, task: str, results: Results) -> str:
                           f"{row['bytes'] / 1e6:,.1f}", f"{row['turn_s']:.2f}", percent([row]),
                           f"{tuned.learning_rate:g}"])  # fmt: skip
     header = ["FedPara", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
-    return table(header, lines) + "\n\nIID, one seed; rates tuned for each row."
+    return table(header, lines) + "\n\nIID, one seed; the rate as tuned for the first row."
 
 
 def personal_cells(scale: str, task: str) -> list[Cell]:

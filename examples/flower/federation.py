@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -49,57 +49,120 @@ def main() -> None:
     folder.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stop what was started, too
     try:
-        with contextlib.ExitStack() as stack:
-            run(folder, asked.num_rounds, stack)
+        with Federation(folder) as federation:
+            federation.superlink()
+            for client in range(NUM_CLIENTS):
+                federation.register(client)
+                federation.node(client)
+            server = folder / "server"
+            federation.run(APP, **{"num-rounds": asked.num_rounds, "output-dir": str(server)})
     except KeyboardInterrupt:
         sys.exit("\nstopped")
+    show(server, asked.num_rounds)
 
 
-def run(folder: Path, num_rounds: int, stack: contextlib.ExitStack) -> None:
-    """Start the parts one after the other, and the app on them."""
-    secrets = folder / "secrets"
-    make_certificates(secrets)
-    address = f"127.0.0.1:{free_port()}"
-    home = folder / "flwr"
-    home.mkdir()
-    certificate = secrets / "ca.pem"
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "{address}"\n'
-        f'root-certificates = "{certificate}"\n'
-    )
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+class Federation:
+    """A SuperLink and its SuperNodes; when its block is left, all of them are stopped.
 
-    def start(name: str, *command: str) -> subprocess.Popen[bytes]:
-        log = folder / f"{name}.log"
-        return stack.enter_context(
-            started(name, [tool(command[0]), *command[1:]], environment, log)
+    Args:
+        folder: for logs, certificates and keys, and the nodes' folders.
+        variables: environment variables of all that is started, beside this process's own.
+    """
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        self.folder, self.secrets = folder, folder / "secrets"
+        self.address = f"127.0.0.1:{free_port()}"
+        self._stack = contextlib.ExitStack()
+        make_certificates(self.secrets)
+        home = folder / "flwr"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\n'
+            f'address = "{self.address}"\nroot-certificates = "{self.secrets / "ca.pem"}"\n'
         )
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        own = {"FLWR_HOME": str(home), "PATH": path}
+        self.environment = {**os.environ, **QUIET, **variables, **own}
 
-    superlink = start(
-        "superlink", "flower-superlink",
-        "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
-        "--ssl-ca-certfile", str(certificate),
-        "--ssl-certfile", str(secrets / "server.pem"), "--ssl-keyfile", str(secrets / "server.key"),
-        "--enable-supernode-auth", "--disable-runtime-dependency-installation",
-    )  # fmt: skip
-    wait_for_port(address, superlink)
-    for client in range(NUM_CLIENTS):
-        make_node_key(secrets / f"node-{client}")
-        flwr(environment, "supernode", "register", str(secrets / f"node-{client}.pub"), "loopback")
-        state = folder / f"node-{client}"
-        start(
-            f"node-{client}", "flower-supernode",
-            "--superlink", address, "--root-certificates", str(certificate),
-            "--auth-supernode-private-key", str(secrets / f"node-{client}"),
-            "--host", "127.0.0.1", "--port", str(free_port()),
-            "--node-config", f'partition-id={client} state-dir="{state}"',
+    def __enter__(self) -> Federation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        for process in self.members():  # also those that outlived whoever started them
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def superlink(self, *options: str) -> subprocess.Popen[bytes]:
+        """Start the SuperLink and wait until it listens."""
+        process = self.start(
+            "superlink", "flower-superlink",
+            "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2],
+            "--ssl-ca-certfile", str(self.secrets / "ca.pem"),
+            "--ssl-certfile", str(self.secrets / "server.pem"),
+            "--ssl-keyfile", str(self.secrets / "server.key"),
+            "--enable-supernode-auth", "--disable-runtime-dependency-installation", *options,
         )  # fmt: skip
-    server = folder / "server"
-    config = f'num-rounds={num_rounds} output-dir="{server}"'
-    command = [tool("flwr"), "run", str(APP), "loopback", "--stream", "--run-config", config]
-    subprocess.run(command, env=environment, check=True)
-    show(server, num_rounds)
+        wait_for_port(self.address, process)
+        return process
+
+    def register(self, client: int) -> None:
+        """Make a node's key and tell the SuperLink of it."""
+        self.make_key(f"node-{client}")
+        public = self.secrets / f"node-{client}.pub"
+        self.flwr("supernode", "register", str(public), "loopback")
+
+    def make_key(self, name: str) -> None:
+        """Make a key that the SuperLink does not know yet."""
+        make_node_key(self.secrets / name)
+
+    def node(
+        self, client: int, *, name: str = "", address: str = "", **config: str | int
+    ) -> subprocess.Popen[bytes]:
+        """Start a client's SuperNode, whose key and folder have its name."""
+        name = name or f"node-{client}"
+        facts = {"partition-id": client, "state-dir": str(self.folder / name), **config}
+        return self.start(
+            name, "flower-supernode",
+            "--superlink", address or self.address,
+            "--root-certificates", str(self.secrets / "ca.pem"),
+            "--auth-supernode-private-key", str(self.secrets / name),
+            "--host", "127.0.0.1", "--port", str(free_port()),
+            "--node-config", in_toml(facts),
+        )  # fmt: skip
+
+    def start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start one of Flower's programs; its output goes to ``name.log``."""
+        log = self.folder / f"{name}.log"
+        call = [tool(command), *arguments]
+        return self._stack.enter_context(started(name, call, self.environment, log))
+
+    def run(self, app: Path, /, **config: str | int) -> None:
+        """Run an app and show its progress."""
+        command = [tool("flwr"), *self.run_arguments(app, **config)]
+        subprocess.run(command, env=self.environment, check=True)
+
+    def run_arguments(self, app: Path, /, **config: str | int) -> list[str]:
+        """What ``flwr`` is told to run an app to its end."""
+        return ["run", str(app), "loopback", "--stream", "--run-config", in_toml(config)]
+
+    def flwr(self, *arguments: str) -> str:
+        """What a command of Flower prints."""
+        found = subprocess.run(
+            [tool("flwr"), *arguments], env=self.environment, capture_output=True, text=True
+        )
+        if found.returncode:
+            sys.exit(f"flwr {' '.join(arguments)} failed:\n{found.stdout}{found.stderr}")
+        return found.stdout
+
+    def members(self) -> list[psutil.Process]:
+        """All processes of this federation that are alive, whoever started them."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == self.environment["FLWR_HOME"]:
+                    found.append(process)
+        return found
 
 
 def show(server: Path, num_rounds: int) -> None:
@@ -125,7 +188,7 @@ def started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is stopped at the end, with all that it started."""
     print(f"starting {name} (log: {log})", flush=True)
-    with open(log, "wb") as output:
+    with open(log, "ab") as output:  # a program that is started again adds to it
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=output, start_new_session=True
         )
@@ -151,13 +214,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             member.kill()
 
 
-def flwr(environment: dict[str, str], *arguments: str) -> None:
-    """A command of Flower, quiet unless it fails."""
-    found = subprocess.run(
-        [tool("flwr"), *arguments], env=environment, capture_output=True, text=True
-    )
-    if found.returncode:
-        sys.exit(f"flwr {' '.join(arguments)} failed:\n{found.stdout}{found.stderr}")
+def in_toml(facts: Mapping[str, str | int]) -> str:
+    """Settings as Flower's commands take them."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in facts.items())
 
 
 def tool(name: str) -> str:

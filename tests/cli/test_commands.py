@@ -1,19 +1,30 @@
 """Every subcommand on a small Llama, in this process."""
 
+import copy
 import json
 import re
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.zoo import randomize
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fedpara_peft import FederatedArguments, FedParaConfig, Scaffold, plan, save_local
+from fedpara_peft import (
+    FederatedArguments,
+    FedParaConfig,
+    Scaffold,
+    plan,
+    save_as_loha,
+    save_as_lora,
+    save_local,
+)
 from fedpara_peft.cli import main
 
 CONFIG = {
@@ -212,6 +223,22 @@ def test_convert_there_and_back(base, tmp_path, capsys):
     ):
         assert torch.allclose(logits(converted), logits(model), atol=1e-4)
     assert "LORA of rank 16" in capsys.readouterr().out
+
+
+def test_a_conversion_whose_targets_are_a_regex(tmp_path, capsys):
+    plain = nn.Sequential(
+        OrderedDict(fc=nn.Linear(6, 6), block=nn.Sequential(OrderedDict(fc=nn.Linear(6, 6))))
+    )
+    model = randomize(get_peft_model(copy.deepcopy(plain), FedParaConfig(target_modules="fc")))
+    x = torch.randn(3, 6)
+    for save, name in ((save_as_lora, "lora"), (save_as_loha, "loha")):
+        save(model, tmp_path / name)
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert "target modules: fc\n" in capsys.readouterr().out
+    argv = ["convert", "--to", "fedpara", str(tmp_path / "loha"), str(tmp_path / "back")]
+    assert main(argv) == 0
+    again = PeftModel.from_pretrained(plain, str(tmp_path / "back"))
+    torch.testing.assert_close(again(x), model(x))
 
 
 def test_convert_of_a_personal_model(base, tmp_path, capsys):

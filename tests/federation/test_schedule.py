@@ -86,6 +86,16 @@ def test_one_block_a_round_is_exact(tmp_path, parameterization, strategy):
     assert whole[0].averaging_bias > 10 * max(r.averaging_bias for r in history)
 
 
+def test_with_tanh_one_block_is_not_exact_and_says_so(tmp_path, caplog):
+    trainer(tmp_path / "plain", factor_schedule="one_block")
+    assert not caplog.text
+    model = randomize(adapted(mlp(norm=False), nonlinearity="tanh"))
+    run = trainer(tmp_path, model, factor_schedule="one_block", num_rounds=4)
+    assert "has 'tanh'" in caplog.text
+    assert "report_averaging_bias=True" in caplog.text
+    assert max(report.averaging_bias for report in run.train()) > 1e-4  # exact: below 1e-5
+
+
 def test_resting_factors_do_not_move(tmp_path):
     model = adapted(mlp(norm=False))
     run = trainer(tmp_path, model, FedAdam(), factor_schedule="one_block", num_rounds=5)

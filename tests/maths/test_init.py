@@ -59,7 +59,8 @@ def test_he_per_factor_would_be_far_too_small():
 
 
 def test_personal_half_starts_with_variance_b():
-    assert half_variances(0.5, "pfedpara") == (0.5 / 1.5, 0.5)
+    assert half_variances(0.5, "pfedpara") == (0.25, 1.0)
+    assert half_variances(0.1, "pfedpara", "tanh") == (0.08, TANH_VARIANCE_CAP)
 
 
 def test_tanh_is_compensated_and_bounded():

@@ -21,6 +21,7 @@ from fedpara_peft import ConfigError, FedParaConfig, FedParaError
         ({"parameterization": "lora"}, "parameterization must be one of"),
         ({"nonlinearity": "relu"}, "nonlinearity must be one of"),
         ({"parameterization": "lowrank", "nonlinearity": "tanh"}, "needs two halves"),
+        ({"compute_path": "khatri_rao", "nonlinearity": "tanh"}, "'tanh'.*compute_path='auto'"),
         ({"bias": "lora_only"}, "bias must be one of"),
         ({"rank_dropout": 1.5}, r"rank_dropout must be in \[0, 1\]"),
         ({"init_weights": "gaussian"}, "init_weights must be True or False"),

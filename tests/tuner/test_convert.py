@@ -100,6 +100,78 @@ def test_loha_there_and_back(tmp_path, effective):
         assert torch.equal(back.state_dict()[key], value), key
 
 
+class Twice(nn.Module):
+    """Two layers of one name, the second deeper and of another kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.wide = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"fc": nn.LSTM(6, 6), "wide": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        return self.block["wide"](self.block["fc"](self.wide(self.fc(x)))[0])
+
+
+@pytest.mark.parametrize(
+    ("save", "expected"), [(save_as_lora, LoraConfig), (save_as_loha, LoHaConfig)]
+)
+def test_a_name_that_ends_another_layers_name(tmp_path, save, expected):
+    """PEFT takes a listed name for every layer whose name ends in it."""
+    plain, x = Twice(), torch.randn(3, 6)
+    config = FedParaConfig(
+        r=2, alpha=3, rank_pattern={"^fc": 1}, alpha_pattern={"^fc": 7}, target_modules="fc|wide"
+    )
+    model = randomize(get_peft_model(copy.deepcopy(plain), config)).eval()
+    save(model, tmp_path / "one")
+    again = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "one").eval()
+    assert type(again.peft_config["default"]) is expected
+    torch.testing.assert_close(again(x), model(x), atol=2e-6, rtol=1e-5)
+    assert {n for n, m in again.base_model.model.named_modules() if hasattr(m, "base_layer")} == {
+        "fc", "wide",
+    }  # fmt: skip
+    # Ranks and scales by pattern: each layer has its own, whatever other names end in.
+    config = FedParaConfig(
+        r=2, rank_pattern={"^wide": 3}, alpha_pattern={"^wide": 7}, target_modules=["wide"]
+    )
+    model = randomize(get_peft_model(copy.deepcopy(plain), config)).eval()
+    written = save(model, tmp_path / "two")
+    assert written.target_modules == {"wide", "block.wide"}
+    again = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "two").eval()
+    torch.testing.assert_close(again(x), model(x), atol=2e-6, rtol=1e-5)
+
+
+CONVOLUTIONS = {
+    # what PEFT's LoRA and LoHa cannot do, what they can, and options that change nothing
+    "dilation": (lambda: nn.Conv2d(4, 5, 3, dilation=(1, 2)), {"lora"}),
+    "reflect": (lambda: nn.Conv1d(4, 5, 3, padding=1, padding_mode="reflect"), {"lora", "loha"}),
+    "circular": (
+        lambda: nn.Conv2d(4, 5, 3, padding="same", padding_mode="circular"), {"lora", "loha"},
+    ),
+    "stride": (lambda: nn.Conv2d(4, 5, 3, stride=2, padding=(1, 0)), set()),
+    "same": (lambda: nn.Conv2d(4, 5, 3, padding="same"), set()),
+    "dilated point": (lambda: nn.Conv2d(4, 5, 1, dilation=2), set()),
+    "nothing to pad": (lambda: nn.Conv2d(4, 5, 3, padding_mode="circular"), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "save"), [("lora", save_as_lora), ("loha", save_as_loha)])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_are_the_same_or_refused(tmp_path, kind, method, save):
+    build, lacking = CONVOLUTIONS[kind]
+    plain = nn.Sequential(build())
+    model = randomize(adapted(copy.deepcopy(plain), base_weight="frozen", alpha=5)).eval()
+    if method in lacking:
+        with pytest.raises(ConversionError, match=r"0: PEFT's .*, the layer has .*exclude_modules"):
+            save(model, tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+        return
+    save(model, tmp_path)
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(again(x), model(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("build", "says"),
     [

@@ -272,15 +272,20 @@ def test_copy_pickle_and_dtype(base_weight):
 
 
 @pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
-@pytest.mark.parametrize("path", ["compose", "khatri_rao"])
-def test_compile_without_graph_breaks(base_weight, path):
+@pytest.mark.parametrize("path", ["auto", "compose", "khatri_rao"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_compile_without_graph_breaks(base_weight, path, kind):
     torch.compiler.reset()
-    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24))
+    if kind == "linear":
+        model, x = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24)), (5, 16)
+    else:
+        first = nn.Conv2d(16, 24, 3, padding=1, padding_mode="reflect")
+        model, x = nn.Sequential(first, nn.ReLU(), nn.Conv2d(24, 24, 1)), (2, 16, 6, 6)
     config = FedParaConfig(
         r=2, target_modules=["0", "2"], base_weight=base_weight, compute_path=path
     )
     model = randomize(get_peft_model(model, config))
-    x = torch.randn(5, 16)
+    x = torch.randn(x)
     compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
     compiled(x).sum().backward()
@@ -289,6 +294,8 @@ def test_compile_without_graph_breaks(base_weight, path):
     model(x).sum().backward()
     for a, p in zip(grads, (p for p in model.parameters() if p.requires_grad), strict=True):
         torch.testing.assert_close(a, p.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_mixed_with_lora():
@@ -380,6 +387,15 @@ def test_inference_cache_follows_every_change():
     model.eval()
     check()
     assert "_forms" not in str(model.state_dict().keys())
+    assert layer._forms
+    model.merge_adapter()
+    assert layer._forms == {}  # memory that nobody uses
+    model.unmerge_adapter()
+    check()
+    model.add_adapter("other", FedParaConfig(target_modules=["0"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert layer._forms == {}
 
 
 def personal(**config):
@@ -575,6 +591,22 @@ def test_refusals_of_targets_leave_the_model_untouched():
     bounded = nn.Sequential(nn.Embedding(40, 16, max_norm=1.0))
     with pytest.raises(UnsupportedLayerError, match="build the embedding without max_norm"):
         get_peft_model(bounded, FedParaConfig(base_weight="replaced", target_modules=["0"]))
+
+
+@pytest.mark.parametrize("parameterization", ["fedpara", "lowrank"])
+def test_a_low_rank_form_that_a_grouped_convolution_has_not(parameterization):
+    config = FedParaConfig(
+        r=2, parameterization=parameterization, target_modules=["0", "1"], compute_path="khatri_rao"
+    )
+    for build in (get_peft_model, lambda *a: get_peft_model(*a, mixed=True)):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
+        with pytest.raises(ConfigError, match=r"1 has groups=2.*compute_path='auto'"):
+            build(model, config)
+        assert type(model[1]) is nn.Conv2d
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ConfigError):
+        get_peft_model(model, config)
+    assert type(model[0]) is nn.Conv2d  # nothing was changed
 
 
 def test_refusals_of_replaced_mode_name_the_alternative():

@@ -69,7 +69,8 @@ class FederatedArguments:
     factor_schedule: str = field(
         default="all",
         metadata={
-            "help": "all, or one_block: one factor block a round, whose average is exact.",
+            "help": "all, or one_block: one factor block a round, whose average is exact (not "
+            "with tanh).",
             "choices": ["all", "one_block"],
         },
     )

@@ -145,7 +145,7 @@ class BatchedTrainer:
                 losses.append(loss.detach())
                 sizes.append(batch[0].shape[1])
         weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        means = (torch.stack(losses).double().cpu() * weights[:, None]).sum(0).tolist()
+        means = (torch.stack(losses).cpu().double() * weights[:, None]).sum(0).tolist()
         steps = LocalSteps(len(sizes), args.learning_rate_at(round))
         return [
             (

@@ -231,7 +231,7 @@ class LocalTrainer:
                     losses += found
                     counts += sizes
                     steps += 1
-        mean = torch.stack(losses).double().cpu() @ torch.tensor(counts).double() / sum(counts)
+        mean = torch.stack(losses).cpu().double() @ torch.tensor(counts).double() / sum(counts)
         return float(mean), LocalSteps(steps, rate)
 
     def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[Any]]:

@@ -3,16 +3,20 @@
 Averaging the factors of a product is not averaging the products: with W = (X₁Y₁ᵀ) ⊙ (X₂Y₂ᵀ) the
 mean of the factors composes to another weight than the mean of the weights. While only one factor
 of every product changes in a round, W is linear in what changes, and both means agree (not with
-tanh). The others rest, so they need not be sent up either.
+tanh, which is told to the log). The others rest, so they need not be sent up either.
 """
 
 from __future__ import annotations
+
+import logging
 
 from torch import nn
 
 from ..tuner.layer import FedParaLayer
 from ..tuner.scope import tensor_scopes
 from .errors import ArgumentsError
+
+logger = logging.getLogger(__name__)
 
 
 def factor_blocks(model: nn.Module) -> list[list[str]]:
@@ -30,9 +34,11 @@ def factor_blocks(model: nn.Module) -> list[list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
     shared = {name for name, scope in tensor_scopes(model).items() if scope == "global"}
     products = []
+    tanh = False
     for module in model.modules():
         if isinstance(module, FedParaLayer):
             for adapter, spec in module.specs.items():
+                tanh |= spec.nonlinearity == "tanh"
                 for weight in spec.plans:
                     factors = [f for h in module.halves(adapter, weight) for f in h.tensors()]
                     found = [names[id(factor)] for factor in factors]
@@ -41,6 +47,12 @@ def factor_blocks(model: nn.Module) -> list[list[str]]:
     if not products:
         raise ArgumentsError(
             "factor_schedule='one_block' needs trainable FedPara adapters: the model has none"
+        )
+    if tanh:
+        logger.warning(
+            "factor_schedule='one_block' averages weights exactly only without nonlinearity, the "
+            "model has 'tanh': measure what is left with report_averaging_bias=True, or use "
+            "nonlinearity=None"
         )
     return products
 

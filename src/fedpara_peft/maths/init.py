@@ -20,6 +20,10 @@ from .compose import Nonlinearity
 from .errors import RankError
 from .rank import ParameterizationName, check_rank
 
+#: Var W₂ of pFedPara. W₂ learns from the gradient G ⊙ W₁, which is small because W₁ is, and by way
+#: of its factors: as small as an ordinary weight they would leave the personal half all but still.
+PERSONAL_VARIANCE = 1.0
+
 #: tanh bounds |W| below 1, so a target variance above this is lowered to it.
 TANH_VARIANCE_CAP = 0.25
 
@@ -31,7 +35,7 @@ def half_variances(
 
         fedpara    Var W₁ = Var W₂ = √v
         pfedpara   Var W₁ = v / (1 + b), Var W₂ = b, because Var(W₁ ⊙ (W₂ + 1)) = Var W₁ (b + 1);
-                   b = v starts the personal half as small as an ordinary weight
+                   b = 1, so that the personal half learns as well; with tanh its bound
         lowrank    Var W₁ = v
 
     Raises:
@@ -44,7 +48,8 @@ def half_variances(
     if parameterization == "lowrank":
         return (variance,)
     if parameterization == "pfedpara":
-        return variance / (1 + variance), variance
+        personal = TANH_VARIANCE_CAP if nonlinearity == "tanh" else PERSONAL_VARIANCE
+        return variance / (1 + personal), personal
     return variance**0.5, variance**0.5
 
 

@@ -60,7 +60,10 @@ class FedParaConfig(PeftConfig):
         bias: ``"none"``, ``"all"`` or ``"fedpara_only"`` (frozen mode).
         compute_path: how linear layers and convolutions apply the weight. ``"auto"`` takes the
             cheaper way by counted operations; ``"compose"`` always composes the weight;
-            ``"khatri_rao"`` applies its exact low-rank form wherever there is one.
+            ``"khatri_rao"`` always applies its exact low-rank form, which tanh and grouped
+            convolutions do not have. Without gradients, in ``eval()``, the form is kept while the
+            factors stay as they are. Writing through ``factor.data`` in place cannot be seen: call
+            ``eval()`` or ``train()`` on the model after it.
         local_modules: names or a regex of modules that stay on the client whole, as FedPer's last
             layers do; they are never saved or pushed.
 
@@ -150,6 +153,11 @@ class FedParaConfig(PeftConfig):
             raise ConfigError(
                 "parameterization='lowrank' has no nonlinearity (tanh(W₁) ⊙ tanh(W₂) needs two "
                 "halves): use 'fedpara', or nonlinearity=None"
+            )
+        if self.compute_path == "khatri_rao" and self.nonlinearity is not None:
+            raise ConfigError(
+                f"compute_path='khatri_rao' with nonlinearity={self.nonlinearity!r}: W has no "
+                "low-rank form then; use compute_path='auto', or nonlinearity=None"
             )
 
     def _check_ranks(self) -> None:

@@ -7,6 +7,8 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import ComputePath
+from .errors import ConfigError
 from .layer import inverted_mask
 from .plan import WeightShape
 from .product import ProductLayer, compute_dtype
@@ -32,6 +34,16 @@ class Conv(ProductLayer):
         kernel = tuple(base_layer.kernel_size)
         fan_in = n * math.prod(kernel)
         return {"weight": WeightShape(base_layer.out_channels, n, kernel, variance=2 / fan_in)}
+
+    @classmethod
+    def check_compute_path(cls, base_layer: nn.Module, key: str, path: ComputePath) -> None:
+        """The chain of convolutions would mix the groups."""
+        if path == "khatri_rao" and base_layer.groups != 1:
+            raise ConfigError(
+                f"compute_path='khatri_rao': {key} has groups={base_layer.groups}, a grouped "
+                "convolution has no low-rank form; use compute_path='auto', or put the layer into "
+                "exclude_modules"
+            )
 
     def _positions(self, x: Tensor) -> int:
         """Output positions; padding is taken as keeping the size."""

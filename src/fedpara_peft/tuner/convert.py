@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .scope import base_name
 
 #: LoHa's factors in the order of ours: X, Y, T of each half.
 _LOHA = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
+_INSTEAD = "put it into exclude_modules before training, or use merge_and_unload() instead"
 
 
 def save_as_lora(
@@ -51,7 +52,8 @@ def save_as_lora(
 
     Raises:
         ConversionError: the weights are replaced or activated by tanh, pFedPara's local half is
-            missing, or a layer is of a kind that LoRA lacks.
+            missing, or a layer is of a kind that LoRA lacks (recurrent; a convolution with groups,
+            dilation or a padding mode).
     """
     config = _config_of(model, adapter_name)
     state: dict[str, Tensor] = {}
@@ -83,7 +85,7 @@ def save_as_lora(
         lora_alpha=rank,
         rank_pattern=dict(patterns),
         alpha_pattern=dict(patterns),
-        target_modules=sorted(ranks),
+        target_modules=_targets(model, ranks),
         bias={"fedpara_only": "lora_only"}.get(config.bias, config.bias),
         fan_in_fan_out=any(transposed),
         **_carried_over(config),
@@ -107,7 +109,8 @@ def save_as_loha(
 
     Raises:
         ConversionError: not ``parameterization="fedpara"`` without tanh over a frozen base, biases
-            are trained, or a layer is of a kind that LoHa lacks.
+            are trained, or a layer is of a kind that LoHa lacks (embedding, recurrent, Conv1D,
+            Conv3d; a convolution with a padding mode).
     """
     config = _config_of(model, adapter_name)
     if config.parameterization != "fedpara" or config.nonlinearity is not None:
@@ -122,6 +125,7 @@ def save_as_loha(
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d):
             raise ConversionError(f"{name}: LoHa has no form for {type(base).__name__} layers")
+        _check_padding_mode(name, base, "LoHa")
         ranks[name] = spec.plans["weight"].r
         alphas[name] = layer.scale_of(adapter_name) * ranks[name]
         for half, names in zip(layer.halves(adapter_name), _LOHA, strict=True):
@@ -134,7 +138,7 @@ def save_as_loha(
         alpha=alpha,
         rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
-        target_modules=sorted(ranks),
+        target_modules=_targets(model, ranks),
         use_effective_conv2d=config.use_effective_conv2d,
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
@@ -148,6 +152,11 @@ def loha_to_fedpara(
     source: str | os.PathLike[str], target: str | os.PathLike[str]
 ) -> FedParaConfig:
     """Rewrite a PEFT LoHa folder as the FedPara folder that it exactly is; no model is needed.
+
+    Two things are not in a LoHa's folder. A convolution with a ``padding_mode``: PEFT's LoHa pads
+    its own part with zeros there until it is merged, FedPara pads as the layer does, so the result
+    is the merged LoHa. And what training goes on with: FedPara divides what ``rank_dropout`` keeps
+    by ``1 - rank_dropout``, PEFT's LoHa by the share that was kept.
 
     Args:
         source: folder with a LoHa's ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -218,8 +227,41 @@ def _check_lora_kind(name: str, layer: FedParaLayer) -> None:
     base = layer.get_base_layer()
     if isinstance(layer, Recurrent):
         raise ConversionError(f"{name}: LoRA has no form for recurrent layers")
-    if isinstance(layer, Conv) and base.groups != 1:
+    if not isinstance(layer, Conv):
+        return
+    if base.groups != 1:
         raise ConversionError(f"{name}: LoRA has no exact form for grouped convolutions")
+    # PEFT builds LoRA's convolutions from kernel size, stride and padding alone.
+    if any(d > 1 and k > 1 for d, k in zip(base.dilation, base.kernel_size, strict=True)):
+        raise ConversionError(
+            f"{name}: PEFT's LoRA convolves without dilation, the layer has "
+            f"dilation={base.dilation}; {_INSTEAD}"
+        )
+    _check_padding_mode(name, base, "LoRA")
+
+
+def _check_padding_mode(name: str, base: Any, method: str) -> None:
+    """PEFT's LoRA and LoHa pad with zeros, whatever the layer does."""
+    if getattr(base, "padding_mode", "zeros") == "zeros":
+        return
+    if any(base._reversed_padding_repeated_twice):  # the padding in numbers, "same" as well
+        raise ConversionError(
+            f"{name}: PEFT's {method} pads with zeros, the layer has "
+            f"padding_mode={base.padding_mode!r}; {_INSTEAD}"
+        )
+
+
+def _targets(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """``target_modules`` that match these layers and no others.
+
+    PEFT takes a listed name for every layer whose name ends in it. Where that is one layer too
+    many, the names become a regex, which PEFT matches whole.
+    """
+    others = {base_name(name) for name, _ in model.named_modules()}.difference(names)
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) for name in others):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(names)
 
 
 def _lora_names(layer: FedParaLayer) -> tuple[str, str]:

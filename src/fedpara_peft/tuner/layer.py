@@ -130,6 +130,10 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
     def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
         """Raise a typed error if this very layer cannot train with its weight replaced."""
 
+    @classmethod
+    def check_compute_path(cls, base_layer: nn.Module, key: str, path: ComputePath) -> None:
+        """Raise a typed error if this very layer cannot go the way that was asked for."""
+
     @property
     def transposed(self) -> bool:
         """Whether the base layer keeps its weight as ``(N, M)``."""

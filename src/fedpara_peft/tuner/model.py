@@ -45,6 +45,7 @@ class FedParaModel(BaseTuner):
         training_facts: what its model cards tell of its training, as text by name.
 
     Raises:
+        ConfigError: ``compute_path="khatri_rao"`` over a grouped convolution.
         TargetError: the target names match nothing that can be factorized.
         UnsupportedLayerError: a target name matches a module of another kind. The model is
             untouched then.
@@ -77,6 +78,7 @@ class FedParaModel(BaseTuner):
             layer_cls = supported_class(module, key)
             if replaced:
                 check_replaceable(layer_cls, base_layer, key, shared)
+            layer_cls.check_compute_path(base_layer, key, peft_config.compute_path)
             factorized += bool(plan_layer(peft_config, key, layer_cls.weights_of(base_layer)))
         if matched and not factorized:
             raise TargetError(
@@ -122,8 +124,9 @@ class FedParaModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         # PeftMixedModel calls this with itself as `self`: nothing of ours may be used on it.
-        base_layer = base_layer_of(target)
-        plans = plan_layer(config, current_key, supported_class(target).weights_of(base_layer))
+        base_layer, layer_cls = base_layer_of(target), supported_class(target)
+        layer_cls.check_compute_path(base_layer, current_key, config.compute_path)
+        plans = plan_layer(config, current_key, layer_cls.weights_of(base_layer))
         if not plans:
             return  # stays dense; fedpara_summary() shows it
         alpha = alpha_for(config, current_key)

@@ -44,10 +44,22 @@ class ProductLayer(FedParaLayer):
             result = self._add_delta(result, x, adapter)
         return result.to(dtype)
 
+    # Forms kept for inference are dropped where they would be stale, or memory that nobody uses.
+
     def train(self, mode: bool = True) -> ProductLayer:
-        """Set the training mode; forms kept for inference are dropped."""
+        """Set the training mode."""
         self._forms.clear()
         return super().train(mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the composed weight into the base layer; see :meth:`FedParaLayer.merge`."""
+        super().merge(safe_merge, adapter_names)
+        self._forms.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a replaced weight cannot be removed."""
+        super().delete_adapter(adapter_name)
+        self._forms.pop(adapter_name, None)
 
     # What a layer kind says about itself.
 
@@ -156,7 +168,7 @@ class ProductLayer(FedParaLayer):
         """The low-rank form in a dtype; kept in inference while the factors stay what they are.
 
         Replaced factors and in-place changes are seen, the latter by the tensors' version counters.
-        Writing into ``.data`` in place goes past them: call ``eval()`` after that.
+        Writing into ``.data`` in place goes past them; see ``FedParaConfig.compute_path``.
         """
         halves, name = self.halves(adapter_name), self.specs[adapter_name].parameterization
         factors = [factor for half in halves for factor in half.tensors()]

@@ -1,0 +1,1 @@
+"""Apps that the Flower benchmarks run; ``app`` in the run's configuration says which."""
