@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := $(VENV)/.installed-tests
 FLOWER := $(VENV)/.installed-flower
+DOCS   := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 # The demo's settings; the learning rate suits all three models.
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation test test-slow lint type check fmt clean \
+.PHONY: help install demo federation docs test test-slow lint type check fmt clean \
         bench bench-mnist bench-paper bench-flower
 
 help:  ## Show the targets
@@ -31,6 +32,10 @@ $(TESTS): $(STAMP)
 $(FLOWER): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,flower]'
 	touch $(FLOWER)
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $(DOCS)
 
 install: $(STAMP)  ## Set up .venv with the tested versions
 
@@ -54,7 +59,10 @@ test: $(TESTS) lint type  ## Lint, types and the test suite
 test-slow: $(TESTS)  ## The tests that take minutes
 	$(BIN)/pytest -m slow
 
-check: test demo  ## All that must pass before a change is done
+docs: $(DOCS)  ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: test demo docs  ## All that must pass before a change is done
 
 bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/adapters.py
@@ -89,4 +97,4 @@ fmt: $(TESTS)  ## Format the code
 	$(BIN)/ruff format .
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) outputs build dist
+	rm -rf $(VENV) outputs build dist site

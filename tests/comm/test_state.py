@@ -105,6 +105,16 @@ def test_errors_name_the_remedy(tmp_path):
         communicated_state(mlp(), local_modules=["nowhere"])
 
 
+def test_a_half_for_a_model_that_does_not_train_is_refused_with_the_way_out(tmp_path):
+    model = adapted(mlp(), parameterization="pfedpara")
+    model.save_pretrained(tmp_path / "shared")
+    save_local(model, tmp_path / "mine")
+    with pytest.raises(StateError, match="is_trainable=True"):
+        load_local(PeftModel.from_pretrained(mlp(), tmp_path / "shared"), tmp_path / "mine")
+    again = PeftModel.from_pretrained(mlp(), tmp_path / "shared", is_trainable=True)
+    load_local(again, tmp_path / "mine")
+
+
 @pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
 def test_nothing_local_in_the_bytes_that_are_saved(tmp_path, base_weight):
     """Every file that save_pretrained writes is searched for every local tensor's bytes."""

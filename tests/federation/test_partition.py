@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fedpara_peft import PartitionError, partition
 
@@ -28,6 +28,13 @@ def test_every_example_once_and_reproducible(data, scheme, args):
     again, other = (partition(data, scheme, 7, seed=s, **args) for s in (3, 4))
     assert [values(c) for c in again] == [values(c) for c in clients]
     assert [values(c) for c in other] != [values(c) for c in clients]
+
+
+def test_a_part_of_a_data_set_brings_its_labels():
+    part = Subset(DATA, list(range(80, 200)))  # classes 2, 3 and 4
+    clients = partition(part, "classes_per_client", 3, classes=1)
+    held = [{int(label) for _, label in client} for client in clients]
+    assert sorted(held, key=min) == [{2}, {3}, {4}]
 
 
 def test_iid_sizes_differ_by_one_at_most():

@@ -80,7 +80,8 @@ def save_local(
     state = local_state(model, local_modules)
     if not state:
         raise StateError(
-            "the model has no local tensors: use parameterization='pfedpara' or local_modules"
+            "the model has no local tensors: use parameterization='pfedpara' or local_modules, and "
+            "load a saved adapter with is_trainable=True"
         )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -127,6 +128,11 @@ def _state(model: nn.Module, scope: Scope, local_modules: LocalModules) -> State
 
 def _load(target: State, state: Mapping[str, Tensor], which: str) -> None:
     missing, unexpected = target.keys() - state.keys(), state.keys() - target.keys()
+    if not target and state:
+        raise StateError(
+            f"the model trains nothing that is {which}, so there is nowhere to put this state: "
+            "load the adapter with PeftModel.from_pretrained(…, is_trainable=True)"
+        )
     if missing or unexpected:
         raise StateError(
             f"the {which} state does not have this model's tensors: {len(missing)} missing "

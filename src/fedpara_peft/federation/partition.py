@@ -89,6 +89,8 @@ def labels_of(dataset: Any, label_column: str = "label", labels: Any = None) -> 
             labels = dataset.with_format(None)[label_column]
         elif isinstance(dataset, TensorDataset):
             labels = dataset.tensors[-1]
+        elif isinstance(dataset, Subset):  # of a random_split, say
+            labels = labels_of(dataset.dataset, label_column)[dataset.indices]
         elif hasattr(dataset, "targets"):
             labels = dataset.targets
         else:

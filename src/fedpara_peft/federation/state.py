@@ -173,7 +173,7 @@ class RoundReport:
         header_bytes: the part of both that is headers.
         averaging_bias: error of averaging factors instead of weights, relative to the mean update
             of the weights; None where it was not measured.
-        epsilon: ε of differential privacy so far; None without noise.
+        epsilon: ε of differential privacy after this round; None without noise.
         seconds: wall-clock time of the round, evaluation left out.
         slowest_client_s: training time of the slowest client that sent something, on the machine
             that simulated it (with the batched engine, an equal share of its stack's time); None

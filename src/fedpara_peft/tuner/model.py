@@ -75,7 +75,7 @@ class FedParaModel(BaseTuner):
                 continue
             matched += 1
             base_layer = base_layer_of(module)
-            layer_cls = supported_class(module)
+            layer_cls = supported_class(module, key)
             if replaced:
                 check_replaceable(layer_cls, base_layer, key, shared)
             layer_cls.check_compute_path(base_layer, key, peft_config.compute_path)

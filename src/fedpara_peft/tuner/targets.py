@@ -87,8 +87,13 @@ def base_layer_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def supported_class(target: nn.Module) -> type[FedParaLayer]:
-    """The layer that factorizes a target; raises UnsupportedLayerError where there is none."""
+def supported_class(target: nn.Module, key: str = "") -> type[FedParaLayer]:
+    """The layer that factorizes a target; raises UnsupportedLayerError where there is none.
+
+    Args:
+        target: the module.
+        key: its name, for the error: a module's own text may fill a screen.
+    """
     base_layer = base_layer_of(target)
     layer_cls = layer_class_for(base_layer)
     if layer_cls is not None:
@@ -102,8 +107,9 @@ def supported_class(target: nn.Module) -> type[FedParaLayer]:
         reason = "it does not use its weight as it is (a parametrization, or its own forward)"
     else:
         reason = "FedPara has no form for it"
+    shown = f"{key} ({type(base_layer).__name__})" if key else type(base_layer).__name__
     raise UnsupportedLayerError(
-        f"Target module {base_layer} is not supported: {reason}. Name {kinds} or quantized linear "
+        f"Target module {shown} is not supported: {reason}. Name {kinds} or quantized linear "
         "layers in target_modules, or put this one into exclude_modules."
     )
 

@@ -27,7 +27,7 @@ class Quantize(Codec):
 
     @property
     def levels(self) -> int:
-        """S."""
+        """s, the largest code: codes are -s to s."""
         return 2 ** (self.bits - 1) - 1
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:
