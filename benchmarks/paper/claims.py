@@ -302,12 +302,16 @@ rounds, less data. Scale `full` is the paper's set-up for a GPU; **it has not be
 WHY = """
 ## What is behind the differences
 
-**FedPara and low-rank on CIFAR-10.** Narrow layers leave low rank little to lose. At γ = 0.1 the layer from 16 to 32 channels has inner
-rank 8 and the one from 32 to 64 has 15; low-rank of the same size has rank 13 of 16 and 23 of 32. The rank binds at γ = 0, which table 2
-has as well. And 24 rounds are far from the end of training: a slower start weighs more than what a model can express.
+**FedPara and low-rank on CIFAR-10.** Narrow layers leave low rank little to lose. At γ = 0.1 the
+layer from 16 to 32 channels has inner rank 8 and the one from 32 to 64 has 15; low-rank of the
+same size has rank 13 of 16 and 23 of 32. The rank binds at γ = 0, which table 2 has as well. And
+24 rounds are far from the end of training: a slower start weighs more than what a model can
+express.
 
-**Personal models.** W₂ learns from the gradient times W₁, which is small, and by way of its factors. Started with the variance of an
-ordinary weight the personal half hardly moved: 84.5% after 8 rounds with two classes a client and rate 0.4, where it now starts with
-variance 1 and reaches 96.3%. In the paper's words pFedPara is above all others where data are plenty; a client with two classes needs
-nobody else for MNIST, so that local-only and FedPer have little left to be improved there.
+**Personal models.** W₂ learns from the gradient times W₁, which is small, and by way of its
+factors. Started with the variance of an ordinary weight the personal half hardly moved: 84.5%
+after 8 rounds with two classes a client and rate 0.4, where it now starts with variance 1 and
+reaches 96.3%. In the paper's words pFedPara is above all others where data are plenty; a client
+with two classes needs nobody else for MNIST, so that local-only and FedPer have little left to be
+improved there.
 """
