@@ -304,7 +304,7 @@ WHY = """
 
 **FedPara and low-rank on CIFAR-10.** Narrow layers leave low rank less to lose. In the paper's
 widest layers low-rank of FedPara's size has rank 87 of 512; in the narrowed net it has 22 of 64,
-15 of 32 and 8 of 16, and in table 2's rows with γ = 0 it has 14, 10 and 7. Also, 24 rounds are
+15 of 32 and 8 of 16; at γ = 0, where table 2 is still to be run, 14, 10 and 7. Also, 24 rounds are
 far from the end of training: how fast a model starts weighs more there than what it can express.
 
 **Personal models.** W₂ learns from the gradient times W₁, which is small, and by way of its
