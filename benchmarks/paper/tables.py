@@ -55,6 +55,18 @@ def found(results: Results, cell: Cell, all_seeds: bool = True) -> Rows:
     return [row for row in rows if row is not None]
 
 
+def rate(results: Results, cell: Cell) -> str:
+    """The learning rate that a cell was trained with."""
+    tuned = results.tuned(cell)
+    assert tuned is not None
+    return f"{tuned.learning_rate:g}"
+
+
+def one_seed(results: Results, cells: list[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
+    """Cells that were run, each with its result."""
+    return [(cell, row) for cell in cells for row in found(results, cell, False)]
+
+
 def percent(rows: Rows, name: str = "accuracy") -> str:
     """Mean ± standard deviation, and of how many seeds where some are missing."""
     values = [100 * row[name] for row in rows]
@@ -84,12 +96,10 @@ def equal_size(scale: str, task: str, results: Results) -> str:
         rows = found(results, cell)
         if not rows:
             continue
-        tuned = results.tuned(cell)
-        assert tuned is not None
         gamma = "" if cell.method == "dense" else f", γ = {cell.gamma:g}"
         lines.append([f"{cell.split}, {LABELS[cell.method]}{gamma}", f"{rows[0]['parameters']:,}",
                       f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), str(len(rows)),
-                      f"{tuned.learning_rate:g}"])  # fmt: skip
+                      rate(results, cell)])  # fmt: skip
     return table(["split, model", "parameters", "MB sent", "accuracy, %", "seeds", "rate"], lines)
 
 
@@ -161,11 +171,10 @@ def gammas(scale: str, task: str, results: Results) -> str:
     """Accuracy by rank ratio."""
     lines, points = [], []
     dense = found(results, Cell(task, scale, "dense", gamma=DEFAULT_GAMMA[task]), False)
-    for cell in gamma_cells(scale, task):
-        for row in found(results, cell, False):
-            lines.append([f"{cell.gamma:g}", f"{row['parameters']:,}",
+    for cell, row in one_seed(results, gamma_cells(scale, task)):
+        lines.append([f"{cell.gamma:g}", f"{row['parameters']:,}",
                           f"{row['bytes'] / 1e6:,.1f}", percent([row])])  # fmt: skip
-            points.append((cell.gamma, row["accuracy"]))
+        points.append((cell.gamma, row["accuracy"]))
     lines += [["dense", f"{r['parameters']:,}", f"{r['bytes'] / 1e6:,.1f}", percent([r])]
               for r in dense]  # fmt: skip
     name = f"{scale}-{task}-figure4.png"
@@ -184,12 +193,9 @@ def strategy_cells(scale: str, task: str) -> list[Cell]:
 def strategies(scale: str, task: str, results: Results) -> str:
     """Accuracy by strategy."""
     lines = []
-    for cell in strategy_cells(scale, task):
-        for row in found(results, cell, False):
-            tuned = results.tuned(cell)
-            assert tuned is not None
-            lines.append([cell.strategy, f"{row['bytes'] / 1e6:,.1f}", percent([row]),
-                          f"{tuned.learning_rate:g}"])  # fmt: skip
+    for cell, row in one_seed(results, strategy_cells(scale, task)):
+        lines.append([cell.strategy, f"{row['bytes'] / 1e6:,.1f}", percent([row]),
+                          rate(results, cell)])  # fmt: skip
     text = table(["strategy", "MB sent", "accuracy, %", "rate"], lines)
     return f"{text}\n\nFedPara, IID, one seed; clients' rate as tuned for FedAvg."
 
@@ -208,8 +214,7 @@ def codecs(scale: str, task: str, results: Results) -> str:
     """Accuracy and bytes by codec."""
     lines = [
         [f"{LABELS[cell.method]}, {cell.codec}", f"{row['bytes'] / 1e6:,.1f}", percent([row])]
-        for cell in codec_cells(scale, task)
-        for row in found(results, cell, False)
+        for cell, row in one_seed(results, codec_cells(scale, task))
     ]
     text = table(["model, uplink codec", "MB sent, up and down", "accuracy, %"], lines)
     return f"{text}\n\nIID, one seed; what travels down is not quantized."
@@ -224,13 +229,10 @@ def ablation_cells(scale: str, task: str) -> list[Cell]:
 def ablations(scale: str, task: str, results: Results) -> str:
     """Accuracy with one thing changed."""
     lines = []
-    for cell in ablation_cells(scale, task):
-        for row in found(results, cell, False):
-            tuned = results.tuned(cell)
-            assert tuned is not None
-            lines.append([cell.variant or "as it is", f"{row['parameters']:,}",
+    for cell, row in one_seed(results, ablation_cells(scale, task)):
+        lines.append([cell.variant or "as it is", f"{row['parameters']:,}",
                           f"{row['bytes'] / 1e6:,.1f}", f"{row['turn_s']:.2f}", percent([row]),
-                          f"{tuned.learning_rate:g}"])  # fmt: skip
+                          rate(results, cell)])  # fmt: skip
     header = ["FedPara", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
     return table(header, lines) + "\n\nIID, one seed; the rate as tuned for the first row."
 
@@ -255,12 +257,10 @@ def personal(scale: str, task: str, results: Results) -> str:
             rows = found(results, cell)
             if not rows:
                 continue
-            tuned = results.tuned(cell)
-            assert tuned is not None
             turns = rows[0]["curve"][-1][0] * cell.of.clients_per_round
             lines.append([f"{title}: {LABELS[method]}", percent(rows),
                           percent(rows, "worst_decile"), f"{rows[0]['bytes'] / turns / 1e3:,.0f}",
-                          f"{tuned.learning_rate:g}"])  # fmt: skip
+                          rate(results, cell)])  # fmt: skip
             numbers = [point[0] for point in rows[0]["curve"]]
             heights = [height for _, height in mean_curve(rows)]
             curves.append((LABELS[method], list(zip(numbers, heights, strict=True))))

@@ -30,6 +30,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def published(args: FederatedArguments) -> dict[str, Any]:
+    """The arguments that others may read: who knows the noise's seed can take the noise away."""
+    return {name: value for name, value in asdict(args).items() if name != "dp_noise_seed"}
+
+
 def describe_run(
     args: FederatedArguments, strategy: Strategy, num_examples: Sequence[int], num_values: int
 ) -> dict[str, Any]:
@@ -41,10 +46,9 @@ def describe_run(
         num_examples: of every client.
         num_values: communicated values of the model.
     """
-    arguments = asdict(args)
+    arguments = published(args)
     own = ", ".join(f"{name}={value!r}" for name, value in vars(strategy).items())
     del arguments["output_dir"]  # the folder may be moved, and its path is nobody's business
-    del arguments["dp_noise_seed"]  # who knows it can take the noise away
     return {
         "strategy": f"{type(strategy).__name__}({own})",
         "clients": len(num_examples),

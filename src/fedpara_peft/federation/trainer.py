@@ -52,7 +52,7 @@ from .privacy import noise_seed
 from .sampling import share_out
 from .schedule import factor_blocks
 from .server import OpenRound, RoundServer
-from .settings import describe_run, save_settings
+from .settings import describe_run, published, save_settings
 from .state import ClientState, ClientUpdate, Outcome, Refused, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .strategies import FedAvg, Strategy
@@ -494,8 +494,8 @@ class FederatedTrainer:
         if self.args.report_to is not None:
             config = {
                 name: value if isinstance(value, int | float | str | bool) else str(value)
-                for name, value in dataclasses.asdict(self.args).items()
-                if value is not None and name != "dp_noise_seed"
+                for name, value in published(self.args).items()
+                if value is not None
             }
             self.accelerator.init_trackers("federated", config)
 
