@@ -54,6 +54,8 @@ def _figures(of: Scale) -> str:
              f"{of.num_local_epochs} local epochs", f"batch {of.batch_size}"]  # fmt: skip
     if of.skewed_epochs:
         parts[1] += f" ({of.skewed_epochs} if not IID)"
+    if of.learning_rate_decay != 1:
+        parts.append(f"the rate times {of.learning_rate_decay:g} after each round")
     if of.width != 1:
         parts.append(f"layers narrowed to {of.width:g} of their width")
     if of.examples:

@@ -26,6 +26,8 @@ SCENARIOS = (
     ("classes", 0.2, "at most two classes, a fifth of the data"),
 )
 PERSONAL = ("pfedpara", "fedper", "fedavg", "local")
+EQUAL_SIZE = ("dense", "fedpara", "lowrank")
+PAPER_RATE = 0.1  # for every method on CIFAR
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def equal_size_cells(scale: str, task: str) -> list[Cell]:
     """Table 2: dense, FedPara and low-rank of FedPara's size."""
     splits = ("iid", "role" if task == "shakespeare" else "dirichlet")
     kinds = [(split, method, DEFAULT_GAMMA[task])
-             for split in splits for method in ("dense", "fedpara", "lowrank")]  # fmt: skip
+             for split in splits for method in EQUAL_SIZE]  # fmt: skip
     if DEFAULT_GAMMA[task] and scale == "cpu":
         kinds += [("iid", "fedpara", 0.0), ("iid", "lowrank", 0.0)]
     return [c for split, method, gamma in kinds
@@ -103,6 +105,30 @@ def equal_size(scale: str, task: str, results: Results) -> str:
     return table(["split, model", "parameters", "MB sent", "accuracy, %", "seeds", "rate"], lines)
 
 
+def rate_cells(scale: str, task: str) -> list[Cell]:
+    """Table 2 with the paper's rate for every method, and the runs that tuned it."""
+    bases = [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task]) for method in EQUAL_SIZE]
+    tuning = [cell for base in bases for cell in base.tuning()]
+    return tuning + [c for b in bases for c in seeds(replace(b, learning_rate=PAPER_RATE))]
+
+
+def rates(scale: str, task: str, results: Results) -> str:
+    """Accuracy by learning rate."""
+    lines = []
+    for method in EQUAL_SIZE:
+        base = Cell(task, scale, method, gamma=DEFAULT_GAMMA[task])
+        tuning = [percent(found(results, cell, False)) for cell in base.tuning()]
+        full = percent(found(results, replace(base, learning_rate=PAPER_RATE)))
+        lines.append([LABELS[method], *tuning, full])
+    of = base.of
+    head = [f"rate {rate:g}, {of.tuning_rounds} rounds" for rate in of.grid]
+    return (
+        table(["model", *head, f"rate {PAPER_RATE:g}, {of.num_rounds} rounds"], lines)
+        + "\n\nAccuracy in percent, IID; the tuning runs of one seed, and runs of three seeds with "
+        f"the rate {PAPER_RATE:g} that the paper has for every method."
+    )
+
+
 def traffic(scale: str, task: str, results: Results) -> str:
     """Figure 3: accuracy against bytes, and bytes and time to a target."""
     lines, curves = [], []
@@ -113,7 +139,7 @@ def traffic(scale: str, task: str, results: Results) -> str:
             continue
         target = 0.9 * statistics.mean(row["accuracy"] for row in dense)
         reference: float | None = None
-        for method in ("dense", "fedpara", "lowrank"):
+        for method in EQUAL_SIZE:
             rows = found(results, replace(base, method=method))
             if not rows:
                 continue
@@ -234,7 +260,12 @@ def ablations(scale: str, task: str, results: Results) -> str:
                           f"{row['bytes'] / 1e6:,.1f}", f"{row['turn_s']:.2f}", percent([row]),
                           rate(results, cell)])  # fmt: skip
     header = ["FedPara", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
-    return table(header, lines) + "\n\nIID, one seed; the rate as tuned for the first row."
+    return (
+        table(header, lines)
+        + "\n\nIID, one seed; the rate as tuned for the first row. Codecs: the table above and "
+        "[codecs_mnist.md](../codecs_mnist.md); clients trained side by side: "
+        "[engines.md](../engines.md)."
+    )
 
 
 def personal_cells(scale: str, task: str) -> list[Cell]:
@@ -279,11 +310,13 @@ def personal(scale: str, task: str, results: Results) -> str:
 _IMAGES = {"cpu": ("cifar10",), "full": ("cifar10", "cifar100", "cinic10")}
 _ALL = {"cpu": ("cifar10", "shakespeare"), "full": (*_IMAGES["full"], "shakespeare")}
 _ONE = {"cpu": ("cifar10",), "full": ("cifar10",)}
+_CPU = {"cpu": ("cifar10",), "full": ()}  # the full scale has one rate only
 _MNIST = {"cpu": ("mnist",), "full": ("mnist",)}
 
 TABLES: dict[str, Table] = {
     "table2": Table("FedPara and low-rank at equal size (Tab. 2)", _ALL, equal_size_cells,
                     equal_size),
+    "rates": Table("The same by learning rate", _CPU, rate_cells, rates),
     "figure3": Table("Accuracy for bytes sent (Fig. 3)", _ALL, equal_size_cells, traffic),
     "figure5": Table("Personal models (Fig. 5)", _MNIST, personal_cells, personal),
     "figure4": Table("Accuracy by rank ratio (Fig. 4)", _ONE, gamma_cells, gammas),
