@@ -37,6 +37,7 @@ class Scale:
     net: str = "VGG16"
     examples: int | None = None  # training images; of MNIST for every client
     skewed_epochs: int | None = None  # local epochs of the split that is not IID, if others
+    max_grad_norm: float = 5.0
 
 
 #: The paper's set-up for one GPU, and what two CPU cores do in minutes.
@@ -47,7 +48,9 @@ SCALES: dict[tuple[str, str], Scale] = {
     ("full", "shakespeare"): Scale(100, 16, 500, 1, 64, (1.0,), 0, 0.992),
     ("full", "mnist"): Scale(10, 10, 100, 5, 10, (0.01, 0.03, 0.1), 100, 0.999),
     ("cpu", "cifar10"): Scale(20, 2, 24, 1, 16, (0.01, 0.03, 0.1, 0.3), 8, 0.935, 0.25, "VGG4"),
-    ("cpu", "shakespeare"): Scale(40, 8, 45, 1, 10, (2.0, 4.0, 8.0, 16.0), 15, 1.0, 0.5),
+    ("cpu", "shakespeare"): Scale(
+        40, 8, 45, 1, 10, (4.0, 8.0, 16.0, 32.0), 15, 0.965, 0.5, max_grad_norm=0.5
+    ),
     ("cpu", "mnist"): Scale(10, 10, 15, 5, 10, (0.1, 0.2, 0.4), 8, 0.999, examples=300),
 }
 

@@ -63,7 +63,7 @@ def _figures(of: Scale) -> str:
     if len(of.grid) > 1:
         grid = ", ".join(f"{rate:g}" for rate in of.grid)
         parts.append(f"rates tuned over {grid} in {of.tuning_rounds} rounds of another seed")
-    return "; ".join(parts) + "; gradients clipped at norm 5."
+    return "; ".join(parts) + f"; gradients clipped at norm {of.max_grad_norm:g}."
 
 
 def show(results: Results, scale: str, task: str) -> None:

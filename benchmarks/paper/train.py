@@ -82,7 +82,7 @@ def train(cell: Cell, data: str) -> dict[str, Any]:
             folder, num_rounds=rounds, clients_per_round=of.clients_per_round,
             num_local_epochs=skewed or of.num_local_epochs, per_client_batch_size=of.batch_size,
             learning_rate=cell.learning_rate, learning_rate_decay=of.learning_rate_decay,
-            max_grad_norm=5.0, uplink_codec=cell.codec, seed=cell.seed,
+            max_grad_norm=of.max_grad_norm, uplink_codec=cell.codec, seed=cell.seed,
             local_modules=["2"] if cell.method == "fedper" else None,
             eval_every=max(1, rounds // 12), disable_tqdm=True,
             **RUN_VARIANTS.get(cell.variant, {}),
