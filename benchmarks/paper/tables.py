@@ -255,23 +255,25 @@ def codecs(scale: str, task: str, results: Results) -> str:
 
 
 def ablation_cells(scale: str, task: str) -> list[Cell]:
-    """FedPara with one thing changed."""
-    base = Cell(task, scale, "fedpara", gamma=DEFAULT_GAMMA[task])
-    return [replace(base, variant=variant) for variant in VARIANTS]
+    """FedPara with one thing changed, and low-rank with the first of them."""
+    kinds = [("fedpara", v) for v in VARIANTS] + [("lowrank", v) for v in VARIANTS[:2]]
+    return [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task], variant=variant)
+            for method, variant in kinds]  # fmt: skip
 
 
 def ablations(scale: str, task: str, results: Results) -> str:
     """Accuracy with one thing changed."""
     lines = []
     for cell, row in one_seed(results, ablation_cells(scale, task)):
-        lines.append([cell.variant or "as it is", f"{row['parameters']:,}",
+        lines.append([f"{LABELS[cell.method]}, {cell.variant or 'as it is'}",
+                      f"{row['parameters']:,}",
                           f"{row['bytes'] / 1e6:,.1f}", f"{row['turn_s']:.2f}", percent([row]),
                           rate(results, cell)])  # fmt: skip
-    header = ["FedPara", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
+    header = ["model", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
     return (
         table(header, lines)
-        + "\n\nIID, one seed; the rate as tuned for the first row. Codecs: the table above and "
-        "[codecs_mnist.md](../codecs_mnist.md); clients trained side by side: "
+        + "\n\nIID, one seed; rates as tuned for the models as they are. Codecs: the table "
+        "above and [codecs_mnist.md](../codecs_mnist.md); clients trained side by side: "
         "[engines.md](../engines.md)."
     )
 
