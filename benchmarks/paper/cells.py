@@ -54,6 +54,13 @@ SCALES: dict[tuple[str, str], Scale] = {
     ("cpu", "mnist"): Scale(10, 10, 15, 5, 10, (0.1, 0.2, 0.4), 8, 0.999, examples=300),
 }
 
+FEW_IMAGES = "2,000 images, 120 rounds"
+#: Variants that are of another scale than their task.
+RESCALED: dict[str, dict[str, Any]] = {
+    FEW_IMAGES: {"examples": 2000, "num_clients": 2, "num_rounds": 120,
+                 "learning_rate_decay": 0.98},
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -85,7 +92,7 @@ class Cell:
     @property
     def of(self) -> Scale:
         """The scale's figures."""
-        return SCALES[self.scale, self.task]
+        return replace(SCALES[self.scale, self.task], **RESCALED.get(self.variant, {}))
 
     def tuning(self) -> list[Cell]:
         """Runs whose best rate this cell takes: of its method with FedAvg as it is, and IID."""

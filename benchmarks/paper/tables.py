@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pictures
-from cells import DEFAULT_GAMMA, SEEDS, Cell, Results
+from cells import DEFAULT_GAMMA, FEW_IMAGES, SEEDS, Cell, Results
 from report import table
 
 from fedpara_peft.comm.ledger import PAPER_MEGABITS_PER_S, transfer_s
@@ -18,7 +18,8 @@ LABELS = {"dense": "dense", "fedpara": "FedPara", "lowrank": "low-rank", "pfedpa
           "fedper": "FedPer", "fedavg": "FedAvg", "local": "local only"}  # fmt: skip
 STRATEGIES = ("FedAvg", "FedProx", "Scaffold", "FedDyn", "FedAdam")
 VARIANTS = ("", "He's fan-in variance in every factor", "tanh",
-            "Jacobian correction", "one factor block a round")  # fmt: skip
+            "Jacobian correction, λ = 1", "Jacobian correction, λ = 0.1",
+            "one factor block a round")  # fmt: skip
 SCENARIOS = (
     ("dirichlet", 1.0, "Dirichlet 0.5, all data"),
     ("dirichlet", 0.2, "Dirichlet 0.5, a fifth of the data"),
@@ -121,6 +122,25 @@ def rates(scale: str, task: str, results: Results) -> str:
     ]
     text = table(["accuracy, %", *(f"rate {rate:g}" for rate in of.grid)], lines)
     return f"{text}\n\nThe runs that tuned the rates: {of.tuning_rounds} rounds, IID, one seed."
+
+
+def few_cells(scale: str, task: str) -> list[Cell]:
+    """Table 2 at γ = 0 on so few images that the models come to the end of what they can fit."""
+    return [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task] if method == "dense" else 0.0,
+                 variant=FEW_IMAGES) for method in EQUAL_SIZE]  # fmt: skip
+
+
+def few(scale: str, task: str, results: Results) -> str:
+    """How well the models fit few images."""
+    lines = [
+        [LABELS[cell.method], f"{row['parameters']:,}", f"{row['train_loss']:.3f}", percent([row])]
+        for cell, row in one_seed(results, few_cells(scale, task))
+    ]
+    text = table(["model", "parameters", "training loss", "accuracy, %"], lines)
+    return (
+        f"{text}\n\n{FEW_IMAGES}, two clients, γ = 0, one seed; rates as in table 2. The loss is "
+        "that of the last round's local training."
+    )
 
 
 def traffic(scale: str, task: str, results: Results) -> str:
@@ -254,26 +274,33 @@ def codecs(scale: str, task: str, results: Results) -> str:
     return f"{text}\n\nIID, one seed; what travels down is not quantized."
 
 
-def ablation_cells(scale: str, task: str) -> list[Cell]:
+def ablation_kinds(scale: str, task: str) -> list[Cell]:
     """FedPara with one thing changed, and low-rank with the first of them."""
     kinds = [("fedpara", v) for v in VARIANTS] + [("lowrank", v) for v in VARIANTS[:2]]
     return [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task], variant=variant)
             for method, variant in kinds]  # fmt: skip
 
 
+def ablation_cells(scale: str, task: str) -> list[Cell]:
+    """Every seed for the initializations, one for the others."""
+    return [cell for kind in ablation_kinds(scale, task)
+            for cell in (seeds(kind) if kind.variant in VARIANTS[:2] else [kind])]  # fmt: skip
+
+
 def ablations(scale: str, task: str, results: Results) -> str:
     """Accuracy with one thing changed."""
     lines = []
-    for cell, row in one_seed(results, ablation_cells(scale, task)):
-        lines.append([f"{LABELS[cell.method]}, {cell.variant or 'as it is'}",
-                      f"{row['parameters']:,}",
-                          f"{row['bytes'] / 1e6:,.1f}", f"{row['turn_s']:.2f}", percent([row]),
-                          rate(results, cell)])  # fmt: skip
-    header = ["model", "parameters", "MB sent", "s a turn", "accuracy, %", "rate"]
+    for cell in ablation_kinds(scale, task):
+        if rows := found(results, cell):
+            lines.append([f"{LABELS[cell.method]}, {cell.variant or 'as it is'}",
+                          f"{rows[0]['parameters']:,}", f"{rows[0]['bytes'] / 1e6:,.1f}",
+                          f"{statistics.median(row['turn_s'] for row in rows):.2f}",
+                          percent(rows), str(len(rows)), rate(results, cell)])  # fmt: skip
+    header = ["model", "parameters", "MB sent", "s a turn", "accuracy, %", "seeds", "rate"]
     return (
         table(header, lines)
-        + "\n\nIID, one seed; rates as tuned for the models as they are. Codecs: the table "
-        "above and [codecs_mnist.md](../codecs_mnist.md); clients trained side by side: "
+        + "\n\nIID; rates as tuned for the models as they are. Codecs: the table above and "
+        "[codecs_mnist.md](../codecs_mnist.md); clients trained side by side: "
         "[engines.md](../engines.md)."
     )
 
@@ -321,11 +348,13 @@ _IMAGES = {"cpu": ("cifar10",), "full": ("cifar10", "cifar100", "cinic10")}
 _ALL = {"cpu": ("cifar10", "shakespeare"), "full": (*_IMAGES["full"], "shakespeare")}
 _ONE = {"cpu": ("cifar10",), "full": ("cifar10",)}
 _CPU = {"cpu": _ALL["cpu"], "full": ()}  # the full scale has one rate only
+_FEW = {"cpu": ("cifar10",), "full": ()}
 _MNIST = {"cpu": ("mnist",), "full": ("mnist",)}
 
 TABLES: dict[str, Table] = {
     "table2": Table("FedPara and low-rank at equal size (Tab. 2)", _ALL, equal_size_cells,
                     equal_size),
+    "few": Table("Trained to the end", _FEW, few_cells, few),
     "rates": Table("How much the learning rate matters", _CPU, rate_cells, rates),
     "figure3": Table("Accuracy for bytes sent (Fig. 3)", _ALL, equal_size_cells, traffic),
     "figure5": Table("Personal models (Fig. 5)", _MNIST, personal_cells, personal),

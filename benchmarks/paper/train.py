@@ -46,7 +46,8 @@ STRATEGIES: dict[str, dict[str, float]] = {
 }
 #: Ablations that are an argument of the run.
 RUN_VARIANTS: dict[str, dict[str, Any]] = {
-    "Jacobian correction": {"jacobian_correction": 1.0},
+    "Jacobian correction, λ = 1": {"jacobian_correction": 1.0},
+    "Jacobian correction, λ = 0.1": {"jacobian_correction": 0.1},
     "one factor block a round": {"factor_schedule": "one_block"},
 }
 #: Ablations that are a field of the configuration.
@@ -100,6 +101,7 @@ def train(cell: Cell, data: str) -> dict[str, Any]:
     last = history[-1].metrics
     return {
         "accuracy": last[task.metric],
+        "train_loss": history[-1].train_loss,
         "worst_decile": last.get("client_accuracy_worst_decile"),
         "parameters": vision.trained(task.model),
         "bytes": history.total_bytes,
