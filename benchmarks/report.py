@@ -39,7 +39,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
     name = script.relative_to(RESULTS.parent.parent) if inside else script.name
     return {
         "command": " ".join(["python", str(name), *arguments]),
-        "cpu": cpu,
+        "cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
@@ -63,14 +63,18 @@ def write(
     """Write ``results/name.json`` and ``results/name.md`` and print the latter.
 
     Args:
-        name: of the table; ``-cuda`` and ``-compile`` are added, so that tables stay apart.
+        name: of the table; ``-cuda`` and ``-compile`` are added, so that tables stay apart, and
+            where times were measured ``-avx2`` and the like by a CPU without AVX-512.
         title: its heading.
         text: table and notes.
         rows: what the JSON holds.
-        device: what was measured; by default :func:`trained_on`.
+        device: where times were measured; by default :func:`trained_on`.
         compiled: whether by ``torch.compile``.
     """
     RESULTS.mkdir(exist_ok=True)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device == "cpu" and capability != "AVX512":
+        name += f"-{capability.lower()}"
     device = device or trained_on()
     name += ("" if device == "cpu" else f"-{device}") + ("-compile" if compiled else "")
     where = environment(device)

@@ -70,9 +70,12 @@ def over_low_rank(task: str, split: str, gamma: float | None = None) -> Measure:
 
 
 def he_over_low_rank(scale: str, results: Results) -> Finding:
-    """Low-rank → FedPara of its size in another initialization."""
-    ours = replace(cell(scale, "cifar10"), variant=VARIANTS[1])
-    return ahead(found(results, ours), found(results, cell(scale, "cifar10", "lowrank")))
+    """Low-rank → FedPara of its size, in another initialization."""
+    ours, others = (
+        found(results, replace(cell(scale, "cifar10", method), variant=VARIANTS[1]))
+        for method in ("fedpara", "lowrank")
+    )
+    return ahead(ours, others)
 
 
 def beside_dense(task: str, split: str) -> Measure:
@@ -252,9 +255,9 @@ CLAIMS = (
             ("Shakespeare, by role", "~ 51.2 → 51.6", "shakespeare", "role", None),
         )
     ),
-    Claim("FedPara with He's fan-in variance in every factor passes low-rank: CIFAR-10, IID", "",
-          he_over_low_rank, f"{RUN} --only table2 ablations", "results/paper/{scale}-cifar10",
-          "Low-rank as it is; it is worse when started so."),
+    Claim("FedPara passes low-rank of its size: CIFAR-10, IID, both started with He's fan-in "
+          "variance in every factor", "",
+          he_over_low_rank, f"{RUN} --only ablations", "results/paper/{scale}-cifar10"),
     *(
         Claim(f"FedPara is as accurate as dense: {name}", "comparable",
               beside_dense(task, split), f"{RUN} --only table2", f"results/paper/{{scale}}-{task}",
@@ -343,9 +346,9 @@ WHY = """
 
 - The rate. Each method's is tuned alike. A rate too high costs low-rank most: with 0.3 in place of
   0.1 it loses 6.8 points on CIFAR-10, FedPara 0.8. The paper has one rate for all.
-- The initialization. Factors that start with He's fan-in variance each, which moves the core of a
-  kernel faster than X and Y, take FedPara on CIFAR-10 from 47.6 to 48.6%, ahead of low-rank in
-  every seed; low-rank loses by it.
+- The initialization. Factors that start with He's fan-in variance each, so that a kernel's core
+  moves faster than X and Y, take FedPara on CIFAR-10 from 47.6 to 48.6%, ahead of low-rank in every
+  seed however that is started (46.8%, and 46.7% in the same way).
 - The rank. At γ = 0 low-rank has ranks 14, 10 and 7 where 64, 32 and 16 would be full, and is
   ahead by half a point all the same; trained to the end on 2,000 images it fits them a little
   better. Layers this narrow are limited by how many parameters they have (low-rank has 5% more, for

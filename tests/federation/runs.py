@@ -50,7 +50,8 @@ VARIANTS = {
     "one_block": {"factor_schedule": "one_block"},
     "FedPer": {"local_modules": ["5"]},
     "batched": {"engine": "batched"},
-    "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1},
+    # Runs are compared with each other: the noise's seed, secret and drawn anew for each, is given.
+    "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1, "dp_noise_seed": 7},
     "diverge": {"learning_rate": 1e30},
 }  # fmt: skip
 PARAMETERIZATIONS = ("dense", "lowrank", "fedpara", "pfedpara")
