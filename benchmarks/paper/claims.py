@@ -50,7 +50,7 @@ def ahead(ours: Rows, others: Rows) -> Finding:
 
 def _sign(gaps: list[float]) -> str:
     if all(gap > 0 for gap in gaps):
-        return "yes"
+        return "yes" if len(gaps) > 1 else "yes, one seed"
     return "no: the reverse" if all(gap < 0 for gap in gaps) else "no: level"
 
 
