@@ -54,6 +54,7 @@ SCALES: dict[tuple[str, str], Scale] = {
     ("cpu", "mnist"): Scale(10, 10, 15, 5, 10, (0.1, 0.2, 0.4), 8, 0.999, examples=300),
 }
 
+FAN_IN_HE = "He's fan-in variance in every factor"
 FEW_IMAGES = "2,000 images, 120 rounds"
 #: Variants that are of another scale than their task.
 RESCALED: dict[str, dict[str, Any]] = {

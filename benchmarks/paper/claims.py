@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from cells import DEFAULT_GAMMA, RESULTS, Cell, Results
+from cells import DEFAULT_GAMMA, FAN_IN_HE, RESULTS, Cell, Results
 from report import table
-from tables import SCENARIOS, STRATEGIES, TARGETS, VARIANTS, Rows, bytes_to, found, share_of
+from tables import SCENARIOS, STRATEGIES, TARGETS, Rows, bytes_to, found, share_of
 
 #: What was found, and whether it is what the paper says; None where it has not been run.
 Finding = tuple[str, str] | None
@@ -61,21 +61,17 @@ def cell(
     return Cell(task, scale, method, split, DEFAULT_GAMMA[task] if gamma is None else gamma)
 
 
-def over_low_rank(task: str, split: str, gamma: float | None = None) -> Measure:
+def over_low_rank(task: str, split: str, gamma: float | None = None, variant: str = "") -> Measure:
     """Table 2: low-rank → FedPara of its size."""
-    return lambda scale, results: ahead(
-        found(results, cell(scale, task, "fedpara", split, gamma)),
-        found(results, cell(scale, task, "lowrank", split, gamma)),
-    )
 
+    def measure(scale: str, results: Results) -> Finding:
+        ours, others = (
+            found(results, replace(cell(scale, task, method, split, gamma), variant=variant))
+            for method in ("fedpara", "lowrank")
+        )
+        return ahead(ours, others)
 
-def he_over_low_rank(scale: str, results: Results) -> Finding:
-    """Low-rank → FedPara of its size, in another initialization."""
-    ours, others = (
-        found(results, replace(cell(scale, "cifar10", method), variant=VARIANTS[1]))
-        for method in ("fedpara", "lowrank")
-    )
-    return ahead(ours, others)
+    return measure
 
 
 def beside_dense(task: str, split: str) -> Measure:
@@ -257,7 +253,8 @@ CLAIMS = (
     ),
     Claim("FedPara passes low-rank of its size: CIFAR-10, IID, both started with He's fan-in "
           "variance in every factor", "",
-          he_over_low_rank, f"{RUN} --only ablations", "results/paper/{scale}-cifar10"),
+          over_low_rank("cifar10", "iid", variant=FAN_IN_HE), f"{RUN} --only ablations",
+          "results/paper/{scale}-cifar10"),
     *(
         Claim(f"FedPara is as accurate as dense: {name}", "comparable",
               beside_dense(task, split), f"{RUN} --only table2", f"results/paper/{{scale}}-{task}",

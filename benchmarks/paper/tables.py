@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pictures
-from cells import DEFAULT_GAMMA, FEW_IMAGES, SEEDS, Cell, Results
+from cells import DEFAULT_GAMMA, FAN_IN_HE, FEW_IMAGES, SEEDS, Cell, Results
 from report import table
 
 from fedpara_peft.comm.ledger import PAPER_MEGABITS_PER_S, transfer_s
@@ -17,9 +17,9 @@ Rows = list[dict[str, Any]]
 LABELS = {"dense": "dense", "fedpara": "FedPara", "lowrank": "low-rank", "pfedpara": "pFedPara",
           "fedper": "FedPer", "fedavg": "FedAvg", "local": "local only"}  # fmt: skip
 STRATEGIES = ("FedAvg", "FedProx", "Scaffold", "FedDyn", "FedAdam")
-VARIANTS = ("", "He's fan-in variance in every factor", "tanh",
-            "Jacobian correction, λ = 1", "Jacobian correction, λ = 0.1",
-            "one factor block a round")  # fmt: skip
+INITIALIZATIONS = ("", FAN_IN_HE)
+VARIANTS = (*INITIALIZATIONS, "tanh", "Jacobian correction, λ = 1",
+            "Jacobian correction, λ = 0.1", "one factor block a round")  # fmt: skip
 SCENARIOS = (
     ("dirichlet", 1.0, "Dirichlet 0.5, all data"),
     ("dirichlet", 0.2, "Dirichlet 0.5, a fifth of the data"),
@@ -196,9 +196,8 @@ def share_of(rows: Rows, share: float) -> float:
 
 def bytes_to(rows: Rows, target: float) -> float | None:
     """Mean bytes to the first evaluation at or above the target; None if not all come to it."""
-    points = [point_at(row["curve"], target) for row in rows]
-    reached = [point[1] for point in points if point is not None]
-    return statistics.mean(reached) if reached and len(reached) == len(points) else None
+    reached = [next((p[1] for p in row["curve"] if p[2] >= target), None) for row in rows]
+    return statistics.mean(reached) if reached and None not in reached else None
 
 
 def mean_curve(rows: Rows) -> list[tuple[float, float]]:
@@ -208,11 +207,6 @@ def mean_curve(rows: Rows) -> list[tuple[float, float]]:
     return [
         (curves[0][r][1] / 1e6, statistics.mean(curve[r][2] for curve in curves)) for r in rounds
     ]
-
-
-def point_at(curve: list[list[float]], target: float) -> list[float] | None:
-    """The first point at or above the target."""
-    return next((point for point in curve if point[2] >= target), None)
 
 
 def gamma_cells(scale: str, task: str) -> list[Cell]:
@@ -227,7 +221,7 @@ def gammas(scale: str, task: str, results: Results) -> str:
     dense = found(results, Cell(task, scale, "dense", gamma=DEFAULT_GAMMA[task]), False)
     for cell, row in one_seed(results, gamma_cells(scale, task)):
         lines.append([f"{cell.gamma:g}", f"{row['parameters']:,}",
-                          f"{row['bytes'] / 1e6:,.1f}", percent([row])])  # fmt: skip
+                      f"{row['bytes'] / 1e6:,.1f}", percent([row])])  # fmt: skip
         points.append((cell.gamma, row["accuracy"]))
     lines += [["dense", f"{r['parameters']:,}", f"{r['bytes'] / 1e6:,.1f}", percent([r])]
               for r in dense]  # fmt: skip
@@ -275,8 +269,8 @@ def codecs(scale: str, task: str, results: Results) -> str:
 
 
 def ablation_kinds(scale: str, task: str) -> list[Cell]:
-    """FedPara with one thing changed, and low-rank with the first of them."""
-    kinds = [("fedpara", v) for v in VARIANTS] + [("lowrank", v) for v in VARIANTS[:2]]
+    """FedPara with one thing changed, and low-rank with each initialization."""
+    kinds = [("fedpara", v) for v in VARIANTS] + [("lowrank", v) for v in INITIALIZATIONS]
     return [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task], variant=variant)
             for method, variant in kinds]  # fmt: skip
 
@@ -284,7 +278,7 @@ def ablation_kinds(scale: str, task: str) -> list[Cell]:
 def ablation_cells(scale: str, task: str) -> list[Cell]:
     """Every seed for the initializations, one for the others."""
     return [cell for kind in ablation_kinds(scale, task)
-            for cell in (seeds(kind) if kind.variant in VARIANTS[:2] else [kind])]  # fmt: skip
+            for cell in (seeds(kind) if kind.variant in INITIALIZATIONS else [kind])]  # fmt: skip
 
 
 def ablations(scale: str, task: str, results: Results) -> str:

@@ -36,7 +36,7 @@ from fedpara_peft import (
     partition,
 )
 
-from cells import Cell  # isort: skip
+from cells import FAN_IN_HE, Cell  # isort: skip
 
 #: Strategies' settings; what is not here has the class's defaults.
 STRATEGIES: dict[str, dict[str, float]] = {
@@ -56,7 +56,6 @@ MODEL_VARIANTS: dict[str, dict[str, Any]] = {
 }
 #: Stages of a net, its hidden dense layers, and the pixels of an image's side.
 NETS = {"VGG16": (CHANNELS, 2, 32), "VGG4": (((64,), (128,), (256,), (512,)), 0, 16)}
-FAN_IN_HE = "He's fan-in variance in every factor"
 
 
 @dataclass
