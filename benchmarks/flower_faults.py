@@ -359,7 +359,7 @@ def same_bits(trial: Trial, history: History) -> tuple[bool, bool]:
         local = True
         for client in range(NUM_CLIENTS):
             used = [r.round for r in history if client not in missing[r.round]]
-            expected = trainer._store.get(client)
+            expected = trainer.client_state(client)
             found = kept(trial, client, used[-1] if used else 0)
             local &= found == (bits(expected.local) if expected else {})
     return shared, local

@@ -109,7 +109,7 @@ def run(folder, strategy, parameterization, rounds, variant=None):
     for i in range(8):
         personal = trainer.client_model(i)
         final |= {f"client {i} {k}": v.clone() for k, v in personal.state_dict().items()}
-        kept = trainer._store.get(i)
+        kept = trainer.client_state(i)
         residual = kept.residual if kept else {}
         final |= {f"residual {i} {k}": v.clone() for k, v in residual.items()}
     save_file(final, Path(folder) / "final.safetensors")

@@ -130,12 +130,12 @@ def test_clients_are_evaluated_on_their_own_data(tmp_path):
     for name in names:
         x, y = (torch.stack(c) for c in zip(*held_out[name], strict=True))
         right.append(float((trainer.client_model(name).eval()(x).argmax(1) == y).double().mean()))
-    assert last.client_metrics["accuracy"] == pytest.approx(right)
+    assert last.client_metrics["accuracy"] == pytest.approx(dict(zip(names, right, strict=True)))
     assert last.metrics["client_accuracy_mean"] == pytest.approx(np.mean(right))
     assert last.metrics["client_accuracy_worst_decile"] == pytest.approx(min(right))
     assert last.metrics["client_accuracy_std"] == pytest.approx(np.std(right))
     worst = last.metrics["client_loss_worst_decile"]
-    assert worst == pytest.approx(max(last.client_metrics["loss"]))
+    assert worst == pytest.approx(max(last.client_metrics["loss"].values()))
 
 
 def test_worst_decile():

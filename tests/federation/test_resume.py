@@ -59,7 +59,7 @@ def final(run):
     state = {f"global {k}": v for k, v in run.model.state_dict().items()}
     for i in range(5):
         state |= {f"{i} {k}": v for k, v in run.client_model(i).state_dict().items()}
-        kept = run._store.get(i)
+        kept = run.client_state(i)
         for group, tensors in (kept.strategy if kept else {}).items():
             state |= {f"{i} {group} {k}": v for k, v in tensors.items()}
     return state, [(t.round, t.client, t.direction, t.total_bytes) for t in run.ledger.transfers()]
@@ -166,7 +166,10 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path):
 
 
 def test_a_failed_round_takes_its_clients_back(tmp_path):
-    run = trainer(tmp_path, Scaffold(), drop_out_probability=0.0, clients_per_round=5)
+    run = trainer(
+        tmp_path, Scaffold(), drop_out_probability=0.0, clients_per_round=5,
+        on_client_error="raise",
+    )  # fmt: skip
     normal = run._local.train
 
     def fails_late(client, dataset, round, *args):

@@ -35,7 +35,9 @@ def data():
 def run(tmp_path, strategy, clients=None, model=None, **changes):
     model = model or adapted(mlp())
     settings = {"num_rounds": 3, "clients_per_round": 3, "per_client_batch_size": 8, **changes}
-    args = FederatedArguments(str(tmp_path), disable_tqdm=True, **settings)
+    args = FederatedArguments(
+        str(tmp_path), disable_tqdm=True, overwrite_output_dir=True, **settings
+    )
     trainer = FederatedTrainer(
         model, args, clients or partition(data(), "iid", 5), strategy=strategy
     )
@@ -168,7 +170,11 @@ def test_extra_traffic_is_counted(tmp_path):
     def sent(strategy):
         model = adapted(mlp(norm=False))
         args = FederatedArguments(
-            str(tmp_path), num_rounds=2, clients_per_round=3, disable_tqdm=True
+            str(tmp_path),
+            num_rounds=2,
+            clients_per_round=3,
+            disable_tqdm=True,
+            overwrite_output_dir=True,
         )
         history = FederatedTrainer(
             model, args, partition(data(), "iid", 5), strategy=strategy

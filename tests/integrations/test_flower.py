@@ -144,7 +144,7 @@ def assert_same_clients(tmp_path, trainer):
     for client in range(task.CLIENTS):
         ours, theirs = (
             DiskStore(run_folder(tmp_path, client)).get(client),
-            trainer._store.get(client),
+            trainer.client_state(client),
         )
         for part in ("local", "residual"):
             found, expected = getattr(ours, part), getattr(theirs, part)
@@ -235,7 +235,7 @@ def test_a_failing_client_counts_as_one_that_took_no_part(tmp_path, name, monkey
 
     else:
         spoil = at(1, 1, fault)
-    run(tmp_path, Scaffold(), spoil, deadline_s=0.3, save_every=1, **INT8)
+    run(tmp_path, Scaffold(), spoil, deadline_s=5.0, save_every=1, **INT8)
     report = history(tmp_path)[1]
     assert report.refused == (((1, reason),) if reason else ())
     assert report.dropped == (() if reason else (1,))
@@ -302,7 +302,7 @@ def test_a_killed_server_continues_and_its_nodes_step_back(tmp_path):
     settings = {"save_every": 2, "num_rounds": 5, "clients_per_round": 2, **INT8}
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Scaffold(), kill, **settings)
-    with pytest.raises(ResumeError, match="resume=True"):
+    with pytest.raises(ResumeError, match="resume_from_checkpoint=True"):
         run(tmp_path, Scaffold(), resume=False, **settings)
     run(tmp_path, Scaffold(), **settings)
     trainer = simulate(
@@ -391,7 +391,7 @@ def test_real_processes_on_loopback_end_as_the_simulation_does(tmp_path, monkeyp
     assert_same(tmp_path, trainer, 2)
     for client in range(digits.NUM_CLIENTS):
         (kept,) = (tmp_path / f"node-{client}" / f"client-{client}").glob("run-*")
-        ours, theirs = DiskStore(kept).get(client), trainer._store.get(client)
+        ours, theirs = DiskStore(kept).get(client), trainer.client_state(client)
         assert all(torch.equal(ours.local[name], theirs.local[name]) for name in theirs.local)
 
 

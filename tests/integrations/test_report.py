@@ -33,7 +33,7 @@ def report(number, **changes):
         "metrics": scores,
         "refused": ((1, "norm"),) if number == 2 else (),
         "dropped": (0,) if number == 3 else (),
-        "client_metrics": {"accuracy": (0.1, 0.2, 0.01 * number)},
+        "client_metrics": {"accuracy": {"ann": 0.1, 7: 0.2, "bob": 0.01 * number}},
         "averaging_bias": 0.02,
         "epsilon": 0.5 * number,
     }
@@ -87,7 +87,7 @@ def test_a_page_needs_nothing_else_and_is_the_same_again(tmp_path):
     [
         [PLAIN],
         [dataclasses.replace(PLAIN, uplink_bytes=0, downlink_bytes=0)],
-        [dataclasses.replace(report(1), client_metrics={"loss": (0.5,)})],
+        [dataclasses.replace(report(1), client_metrics={"loss": {0: 0.5}})],
         [report(n, metrics={"eval_f1": 0.2} if n % 50 == 0 else {}) for n in range(1, 401)],
     ],
     ids=["one round without numbers", "nothing sent", "one client", "many rounds"],

@@ -20,6 +20,7 @@ Refusal = Literal[
     "duplicate",
     "not_sampled",
     "diverged",
+    "failed",
 ]
 
 

@@ -38,6 +38,14 @@ def transfer_s(num_bytes: float, megabits_per_s: float) -> float:
     return 8 * num_bytes / (1e6 * megabits_per_s)
 
 
+def shown_bytes(num_bytes: float) -> str:
+    """Bytes as a reader takes them in, in powers of 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
+
+
 @dataclass(frozen=True)
 class Transfer:
     """One payload that was sent in a round (counted from 1) to or from a client."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import numbers
+import operator
+import os
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .errors import ArgumentsError
 
@@ -12,6 +19,29 @@ _CHOICES = {
     "client_store": ("auto", "memory", "disk"),
     "engine": ("auto", "sequential", "batched"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
+    "on_client_error": ("refuse", "raise"),
+}
+#: By interval as mathematicians write it, the arguments that lie in it (or are None).
+_INTERVALS = {
+    "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "jacobian_correction",
+               "dp_noise_multiplier", "seed"),
+    "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
+               "eval_batch_size", "save_total_limit", "clients_per_round"),
+    # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
+    "(0, ∞)": ("learning_rate", "learning_rate_decay", "max_grad_norm", "max_update_norm",
+               "clip_update_norm"),
+    "(0, 1]": ("client_fraction",),
+    "[0, 1]": ("quorum",),
+    "[0, 1)": ("drop_out_probability", "momentum"),
+    "(0, 1)": ("dp_delta",),
+}  # fmt: skip
+#: What None means, where it is more than «the default».
+_NONE = {
+    "max_update_norm": "None: unlimited",
+    "clip_update_norm": "None: unlimited",
+    "max_grad_norm": "None does not clip",
+    "save_total_limit": "None keeps all",
+    "learning_rate_decay": "1 keeps the learning rate",
 }
 
 
@@ -109,6 +139,14 @@ class FederatedArguments:
         default=0.0,
         metadata={"help": "Share of the cohort whose updates must be usable, in [0, 1]."},
     )
+    on_client_error: str = field(
+        default="refuse",
+        metadata={
+            "help": "What an exception in a client's own training does: refuse (the round goes on "
+            "without the client, and the quorum decides) or raise.",
+            "choices": ["refuse", "raise"],
+        },
+    )
     dp_noise_multiplier: float = field(
         default=0.0,
         metadata={"help": "Gaussian noise on the sum of updates, in units of clip_update_norm."},
@@ -135,6 +173,10 @@ class FederatedArguments:
         default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
     )
     eval_batch_size: int = field(default=256, metadata={"help": "Examples per evaluation step."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start afresh in a folder that holds another run, and remove that one."},
+    )
     save_every: int = field(
         default=0, metadata={"help": "Write a checkpoint every so many rounds; 0: never."}
     )
@@ -148,47 +190,27 @@ class FederatedArguments:
             "choices": ["auto", "memory", "disk"],
         },
     )
-    report_to: str | None = field(
-        default=None, metadata={"help": "Accelerate tracker, such as tensorboard or wandb."}
+    report_to: list[str] | None = field(
+        default=None,
+        metadata={"help": "Accelerate trackers, such as tensorboard or wandb; none: no tracker."},
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
-        if self.client_fraction is not None and self.clients_per_round is not None:
-            raise ArgumentsError("give client_fraction or clients_per_round, not both")
-        if self.client_fraction is not None and not 0 < self.client_fraction <= 1:
-            raise ArgumentsError(f"client_fraction must be in (0, 1], got {self.client_fraction}")
-        for name, least in (
-            ("num_rounds", 0),
-            ("num_local_epochs", 1),
-            ("per_client_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("eval_batch_size", 1),
-            ("eval_every", 0),
-            ("save_every", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ArgumentsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._check_types()
+        for interval, names in _INTERVALS.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not _lies_in(value, interval):
+                    hint = f"; {_NONE[name]}" if name in _NONE else ""
+                    raise ArgumentsError(f"{name} must be in {interval}, got {value}{hint}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ArgumentsError(
                     f"{name} must be one of {choices}, got {getattr(self, name)!r}"
                 )
-        if not 0 <= self.drop_out_probability < 1:
-            raise ArgumentsError(
-                f"drop_out_probability must be in [0, 1), got {self.drop_out_probability}"
-            )
-        if not 0 <= self.quorum <= 1:
-            raise ArgumentsError(f"quorum must be in [0, 1], got {self.quorum}")
-        for name in ("max_update_norm", "clip_update_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ArgumentsError(f"{name} must be positive, got {value}; None is without")
-        if self.dp_noise_multiplier < 0 or not 0 < self.dp_delta < 1:
-            raise ArgumentsError(
-                "dp_noise_multiplier must not be negative and dp_delta must be in (0, 1), got "
-                f"{self.dp_noise_multiplier} and {self.dp_delta}"
-            )
+        if self.client_fraction is not None and self.clients_per_round is not None:
+            raise ArgumentsError("give client_fraction or clients_per_round, not both")
         if self.dp_noise_multiplier and self.clip_update_norm is None:
             raise ArgumentsError(
                 "dp_noise_multiplier needs clip_update_norm: noise protects only what is bounded"
@@ -197,29 +219,22 @@ class FederatedArguments:
             raise ArgumentsError(
                 f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
             )
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ArgumentsError(
-                f"save_total_limit must be at least 1, got {self.save_total_limit}; None keeps all"
-            )
-        for name in ("learning_rate", "learning_rate_decay"):
-            # 0 would freeze the model from the second round on, without a sign of it.
-            if not getattr(self, name) > 0:
-                raise ArgumentsError(
-                    f"{name} must be positive, got {getattr(self, name)}; a decay of 1 keeps the "
-                    "learning rate"
-                )
-        if self.clients_per_round is not None and self.clients_per_round < 1:
-            raise ArgumentsError(
-                f"clients_per_round must be at least 1, got {self.clients_per_round}"
-            )
-        if self.jacobian_correction < 0:
-            raise ArgumentsError(
-                f"jacobian_correction must not be negative, got {self.jacobian_correction}"
-            )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ArgumentsError(
-                f"max_grad_norm must be positive, got {self.max_grad_norm}; None does not clip"
-            )
+
+    def _check_types(self) -> None:
+        """Refuse what is of another type, or make it of the annotated one where the same is meant.
+
+        A path is a string, one name is a list of it, and NumPy's numbers are Python's.
+        """
+        hints = typing.get_type_hints(type(self))
+        for name in (entry.name for entry in fields(self)):
+            kinds = typing.get_args(hints[name])
+            optional = types.NoneType in kinds
+            kind = next((k for k in kinds if k is not types.NoneType), hints[name])
+            if not optional or typing.get_origin(hints[name]) is list:
+                kind = hints[name]
+            value = getattr(self, name)
+            if not (value is None and optional):
+                setattr(self, name, _as_type(name, value, kind, optional))
 
     def cohort_size(self, population: int) -> int:
         """Clients sampled each round: at least one, all of them by default."""
@@ -235,3 +250,34 @@ class FederatedArguments:
     def learning_rate_at(self, round: int) -> float:
         """Clients' learning rate in a round, counted from 0."""
         return self.learning_rate * self.learning_rate_decay**round
+
+
+def _as_type(name: str, value: Any, kind: Any, optional: bool) -> Any:
+    """A value of an argument as its annotation has it."""
+    found = value
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        if kind is int and hasattr(value, "__index__"):
+            found = operator.index(value)
+        elif kind is float and isinstance(value, numbers.Real):
+            found = float(value)
+    elif kind is str and isinstance(value, os.PathLike):
+        found = os.fspath(value)
+    elif typing.get_origin(kind) is list and isinstance(value, str | list | tuple | set):
+        found = [value] if isinstance(value, str) else list(value)
+        if not all(isinstance(item, str) for item in found):
+            found = None
+    plain = typing.get_origin(kind) or kind
+    if type(found) is not plain:
+        shown = "a list of str" if plain is list else f"of type {plain.__name__}"
+        or_none = " or None" if optional else ""
+        raise ArgumentsError(
+            f"{name} must be {shown}{or_none}, got {value!r:.80} ({type(value).__name__})"
+        )
+    return found
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    low, high = interval[1:-1].split(", ")
+    above = value >= float(low) if interval[0] == "[" else value > float(low)
+    end = math.inf if high == "∞" else float(high)
+    return above and (value <= end if interval[-1] == "]" else value < end)

@@ -23,3 +23,11 @@ class RoundError(FedParaError, RuntimeError):
 
 class ResumeError(FedParaError, RuntimeError):
     """A run cannot be resumed, or would overwrite one that can; nothing was changed."""
+
+
+class AgreementError(FedParaError, RuntimeError):
+    """The processes or nodes of a run were given different things."""
+
+
+class RunFolderError(FedParaError, OSError):
+    """A run's folder cannot be written; what was whole in it still is."""

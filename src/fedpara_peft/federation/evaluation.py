@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import EvalPrediction
 
 from .batches import Collator, batches
+from .crew import Crew
 from .errors import ArgumentsError
 from .loss import batch_size, labels_of_batch
 
@@ -40,13 +41,16 @@ class Evaluator:
     compute_metrics: Metrics | None = None
     collator: Collator | None = None
 
-    def __call__(self, model: nn.Module, dataset: Any, *, shared: bool = False) -> dict[str, float]:
+    def __call__(
+        self, model: nn.Module, dataset: Any, crew: Crew | None = None
+    ) -> dict[str, float]:
         """The mean loss as ``loss``, and what ``compute_metrics`` finds.
 
         Args:
             model: on its device; left in the mode it was in.
             dataset: the examples.
-            shared: whether all processes evaluate this together, each some of the batches.
+            crew: the processes that evaluate this together, each some of the batches; None: this
+                one alone.
 
         Raises:
             ArgumentsError: there are no examples, or metrics need outputs that the loss function
@@ -54,11 +58,12 @@ class Evaluator:
         """
         if dataset is None or not len(dataset):
             raise ArgumentsError("there are no examples to evaluate on: give eval_dataset")
-        count = self.accelerator.num_processes if shared else 1
-        index = self.accelerator.process_index if shared else 0
-        found = self._predictions(model, dataset, index, count)
-        if count > 1:  # in the order of the batches, whoever had them
-            found = sorted(gather_object(found), key=lambda part: part[0])
+        if crew is None or crew.size == 1:
+            found = self._predictions(model, dataset, 0, 1)
+        else:  # in the order of the batches, whoever had them
+            index, count = crew.index, crew.size
+            parts = crew.together(lambda: self._predictions(model, dataset, index, count))
+            found = sorted(itertools.chain(*parts), key=lambda part: part[0])
         _, losses, sizes, logits, labels = zip(*found, strict=True)
         metrics = {
             "loss": sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / sum(sizes)

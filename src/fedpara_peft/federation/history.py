@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -85,8 +86,9 @@ class History:
         return sum(ledger.round_s(n, megabits_per_s, s or 0.0) for n, s in computing)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the history as JSON."""
-        Path(path).write_text(json.dumps([asdict(r) for r in self.rounds], indent=1) + "\n")
+        """Write the history as JSON: whole, or not at all."""
+        rows = [report_to_json(report) for report in self.rounds]
+        write_whole(Path(path), json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
     def _at_target(
         self, metric: str, target: float, higher: bool | None
@@ -103,9 +105,44 @@ class History:
         return cls(tuple(map(report_from_json, rows)))
 
 
+def report_to_json(report: RoundReport) -> dict[str, Any]:
+    """A report as a JSON object; NaN and infinity, which JSON has not, as text."""
+    row = asdict(report)
+    # Pairs and not an object: its keys would become text, and clients' names may be numbers.
+    row["client_metrics"] = {n: list(v.items()) for n, v in report.client_metrics.items()}
+    return _plain(row)
+
+
 def report_from_json(row: dict[str, Any]) -> RoundReport:
-    """A report from its JSON object."""
+    """The inverse of :func:`report_to_json`."""
     row = {**row, "cohort": tuple(row["cohort"]), "dropped": tuple(row["dropped"])}
     row["refused"] = tuple((client, reason) for client, reason in row["refused"])
-    row["client_metrics"] = {n: tuple(v) for n, v in row["client_metrics"].items()}
+    row["client_metrics"] = {
+        name: {client: _number(value) for client, value in pairs}
+        for name, pairs in row["client_metrics"].items()
+    }
+    row["metrics"] = {name: _number(value) for name, value in row["metrics"].items()}
+    row["train_loss"] = _number(row["train_loss"])
     return RoundReport(**row)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by another that is whole from the first moment on."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # A client's name may be anything that can be a key.
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,3 +26,21 @@ def torch_generator(seed: int, *labels: int | str) -> torch.Generator:
 def numpy_generator(seed: int, *labels: int | str) -> np.random.Generator:
     """A NumPy generator for one purpose."""
     return np.random.default_rng(derived_seed(seed, *labels))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python for a while; then as before.
+
+    Data sets' transforms, dropout and the like draw from them.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..comm.errors import PayloadError
 from ..comm.ledger import Ledger
 from ..comm.payload import Payload, PayloadSize
+from ..comm.state import State
 from .admission import checked, require_quorum
 from .arguments import FederatedArguments
-from .channel import Channel
+from .channel import Channel, uplink_like
 from .cohort import Cohort
 from .mean import aggregate_from_name
 from .privacy import GaussianMechanism
@@ -64,9 +68,10 @@ class RoundServer:
         args: the run's settings.
         strategy: the federated optimizer.
         channel: codecs and lengths.
-        num_examples: of every client of the population.
+        num_examples: of every client of the population; read anew in every round.
         start: the state before the first round.
         products: the model's factor blocks, where they take turns.
+        names: the clients' names, their indices by default.
 
     Raises:
         ArgumentsError: the arguments do not fit the clients or the model.
@@ -80,11 +85,14 @@ class RoundServer:
         num_examples: Sequence[int],
         start: ServerState,
         products: list[list[str]],
+        names: Sequence[Any] | None = None,
     ) -> None:
         self._args = args
         self._strategy = strategy
         self._channel = channel
         self._num_examples = num_examples
+        self._order = list(start.params)
+        self._names = range(len(num_examples)) if names is None else names
         self._products = products
         self._cohort_size = args.cohort_size(len(num_examples))
         self._aggregate = aggregate_from_name(args.aggregation)
@@ -122,9 +130,29 @@ class RoundServer:
             updates=Cohort(part.params, self._aggregate),
         )
 
-    def checked(self, update: ClientUpdate) -> ClientUpdate:
-        """An update that may be used; see :func:`~.admission.checked`."""
-        return checked(update, self._args)
+    def received(
+        self, opened: OpenRound, client: int, payload: bytes, num_examples: int, train_loss: float
+    ) -> ClientUpdate:
+        """What a client sent, decoded and admitted.
+
+        Args:
+            opened: the round.
+            client: client index.
+            payload: its update in bytes.
+            num_examples: its examples, as it says.
+            train_loss: likewise.
+
+        Raises:
+            PayloadError: it is not what was agreed on, or may not be used.
+        """
+        if num_examples < 1 or not math.isfinite(train_loss):
+            raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
+        main, extra = uplink_like(self._strategy, opened.part)
+        main = {name: main[name] for name in self._order if name in main}  # as clients have them
+        form = self._channel.format("uplink", main, extra)
+        found: State = form.decode(payload, opened.number) if form.schema else {}
+        moved, beside = self._channel.parted(found, main, extra)
+        return checked(ClientUpdate(client, num_examples, moved, train_loss, beside), self._args)
 
     def weight(self, update: ClientUpdate) -> float:
         """Of an update in the cohort's mean."""
@@ -175,12 +203,12 @@ class RoundServer:
             averaging_bias: where it was measured.
             slowest_client_s: where it was measured.
         """
-        number, updates = opened.number + 1, opened.updates
+        number, updates, names = opened.number + 1, opened.updates, self._names
         return RoundReport(
             round=number,
-            cohort=opened.cohort,
-            dropped=tuple(sorted({*opened.dropped, *dropped})),
-            refused=tuple((r.client, r.reason) for r in updates.refused),
+            cohort=tuple(names[client] for client in opened.cohort),
+            dropped=tuple(names[client] for client in sorted({*opened.dropped, *dropped})),
+            refused=tuple((names[r.client], r.reason) for r in updates.refused),
             train_loss=updates.train_loss,
             metrics={},
             uplink_bytes=ledger.total_bytes(number, "uplink"),

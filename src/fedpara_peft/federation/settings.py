@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .arguments import FederatedArguments
+from .history import write_whole
 from .strategies import Strategy
 
 #: File that the trainer writes into ``output_dir``.
 SETTINGS_NAME = "settings.json"
+#: Arguments that change nothing of the result.
+_BESIDE = (
+    "report_to", "disable_tqdm", "overwrite_output_dir", "client_store", "save_every",
+    "save_total_limit", "eval_batch_size",
+)  # fmt: skip
 _PACKAGES = ("fedpara-peft", "torch", "peft", "transformers", "accelerate")
 
 
@@ -36,7 +44,11 @@ def published(args: FederatedArguments) -> dict[str, Any]:
 
 
 def describe_run(
-    args: FederatedArguments, strategy: Strategy, num_examples: Sequence[int], num_values: int
+    args: FederatedArguments,
+    strategy: Strategy,
+    num_examples: Sequence[int],
+    num_values: int,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a run was asked to do, as JSON has it.
 
@@ -45,6 +57,7 @@ def describe_run(
         strategy: its federated optimizer.
         num_examples: of every client.
         num_values: communicated values of the model.
+        facts: what it was given, to compare with another run's.
     """
     arguments = published(args)
     own = ", ".join(f"{name}={value!r}" for name, value in vars(strategy).items())
@@ -55,11 +68,20 @@ def describe_run(
         "examples": sum(num_examples),
         "communicated_values": num_values,
         "arguments": arguments,
+        "identity": {name: facts[name] for name in ("model", "clients", "strategy")},
         "versions": versions(),
+        "threads": torch.get_num_threads(),
     }
+
+
+def same_result(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a description, what another run must have in common to have the same result."""
+    arguments = described.get("arguments", {})
+    shaping = {name: value for name, value in arguments.items() if name not in _BESIDE}
+    return {**shaping, **described.get("identity", {})}
 
 
 def save_settings(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     """Write ``settings.json``."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(Path(folder) / SETTINGS_NAME, json.dumps(settings, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..comm.errors import Refusal
 from ..comm.payload import PayloadSize
@@ -110,11 +111,13 @@ class Refused:
         client: client index i.
         reason: which check refused it.
         message: what was found, and what helps.
+        error: the exception that a client met in its own training, in this process.
     """
 
     client: int
     reason: Refusal
     message: str
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,9 @@ class Outcome:
         refused: why it uses nothing.
         keeps_state: whether a new state of the client was stored.
         seconds: how long it trained; of clients in a stack, an equal share of the stack's time.
+        payload: what it sent, in bytes, where they were asked for.
+        sent: what it sent, also where the server uses nothing of it.
+        reported: whether it answered at all; False for a stray message of a silent client.
     """
 
     client: int
@@ -135,7 +141,10 @@ class Outcome:
     update: ClientUpdate | None = None
     refused: Refused | None = None
     keeps_state: bool = False
-    seconds: float = 0.0
+    seconds: float | None = 0.0
+    payload: bytes = b""
+    sent: ClientUpdate | None = None
+    reported: bool = True
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,7 @@ class RoundReport:
 
     Attributes:
         round: round number, counted from 1.
-        cohort: the sampled clients.
+        cohort: the sampled clients, by name, as everywhere in a report.
         dropped: those of them that did not report.
         refused: those whose update was not used, each with the reason.
         train_loss: mean over the clients that reported, by examples; None if none did.
@@ -167,7 +176,7 @@ class RoundReport:
             own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``; which
             tenth is the worst, :func:`~.metrics.higher_is_better` tells from the name); empty
             where none was made.
-        client_metrics: every client's own numbers behind them, in client order.
+        client_metrics: every client's own numbers behind them, by metric and client.
         uplink_bytes: payloads from clients to the server.
         downlink_bytes: payloads from the server to clients.
         header_bytes: the part of both that is headers.
@@ -181,16 +190,16 @@ class RoundReport:
     """
 
     round: int
-    cohort: tuple[int, ...]
+    cohort: tuple[Any, ...]
     train_loss: float | None
     metrics: Mapping[str, float]
     uplink_bytes: int
     downlink_bytes: int
     header_bytes: int
     seconds: float
-    dropped: tuple[int, ...] = ()
-    refused: tuple[tuple[int, str], ...] = ()
-    client_metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    dropped: tuple[Any, ...] = ()
+    refused: tuple[tuple[Any, str], ...] = ()
+    client_metrics: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
     averaging_bias: float | None = None
     epsilon: float | None = None
     slowest_client_s: float | None = None

@@ -1,25 +1,46 @@
 """Where clients' states rest between their rounds: in memory or on disk, by version.
 
 A version is the number of rounds completed when the client had trained. Versions let a resumed run
-take back whatever a client learnt after the checkpoint.
+take back whatever a client learnt after the checkpoint. On disk a client is known by its name, so
+that nobody gets another's state, and every file carries a digest of what is in it.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from ..comm.state import join_groups, split_groups
+from ..comm.state import State, join_groups, split_groups
+from .errors import ResumeError
 from .state import ClientState
 
-_FILE = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
+_FILE = re.compile(r"client-(.+)\.round-(\d+)\.safetensors")
+_PLAIN = re.compile(r"[a-z_][a-z0-9_-]*")
+
+
+def file_key(name: Any) -> str:
+    """A client's name as part of a file's name; no two names have the same.
+
+    Lower-case words stay as they are, and so do numbers. Others (with capitals, which some file
+    systems do not tell apart, or of other characters) get a digest.
+    """
+    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+        return str(name)
+    if isinstance(name, str) and _PLAIN.fullmatch(name) and len(name) <= 64:
+        return name
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", str(name))[:48]
+    return f"{slug}.{hashlib.blake2b(repr(name).encode(), digest_size=6).hexdigest()}"
 
 
 class ClientStore(ABC):
@@ -95,15 +116,20 @@ class DiskStore(ClientStore):
 
     Args:
         folder: the run's own; read if it exists.
+        names: of the clients, by index; their indices by default.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], names: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.folder = Path(folder)
+        self._names = names
         self._unsynced: list[Path] = []
+        index = None if names is None else {file_key(name): i for i, name in enumerate(names)}
         for path in self.folder.glob("client-*"):
             if match := _FILE.fullmatch(path.name):
-                self.note(int(match[1]), int(match[2]))
+                client = index.get(match[1]) if index is not None else _number(match[1])
+                if client is not None:
+                    self.note(client, int(match[2]))
 
     def clear(self) -> None:
         """Forget all clients of a former run."""
@@ -120,10 +146,11 @@ class DiskStore(ClientStore):
             sync(self.folder)
 
     def _path(self, client: int, version: int) -> Path:
-        return self.folder / f"client-{client}.round-{version}.safetensors"
+        key = file_key(client if self._names is None else self._names[client])
+        return self.folder / f"client-{key}.round-{version}.safetensors"
 
     def _read(self, client: int, version: int) -> ClientState:
-        groups = split_groups(load_file(self._path(client, version)))
+        groups = split_groups(_read_checked(self._path(client, version)))
         local, residual = groups.pop("local", {}), groups.pop("residual", {})
         strategy = {name.removeprefix("strategy."): state for name, state in groups.items()}
         return ClientState(local, strategy, residual)
@@ -134,12 +161,43 @@ class DiskStore(ClientStore):
         partial = path.with_name(f".{path.name}")
         strategy = {f"strategy.{name}": kept for name, kept in state.strategy.items()}
         tensors = join_groups({"local": state.local, "residual": state.residual, **strategy})
-        save_file({n: t.contiguous() for n, t in tensors.items()}, partial)
+        whole = {n: t.contiguous() for n, t in tensors.items()}
+        save_file(whole, partial, {"digest": _digest(whole)})
         os.replace(partial, path)
         self._unsynced.append(path)
 
     def _delete(self, client: int, version: int) -> None:
         self._path(client, version).unlink(missing_ok=True)
+
+
+def _read_checked(path: Path) -> State:
+    """A file's tensors, if they are those that were written."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            agreed = (file.metadata() or {}).get("digest")
+    except FileNotFoundError:
+        raise ResumeError(f"{path} is gone: restore it, or start afresh") from None
+    except SafetensorError as error:
+        raise ResumeError(f"{path} is damaged ({error}): restore it, or start afresh") from None
+    if agreed != _digest(found):
+        raise ResumeError(
+            f"{path} is not what was written (its digest differs): restore it, or start afresh"
+        )
+    return found
+
+
+def _digest(tensors: State) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
 
 
 class MemoryStore(ClientStore):

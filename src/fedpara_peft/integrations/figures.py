@@ -145,7 +145,7 @@ def _clients(figure: Any, run: Run, name: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     reports = [r for r in run.history if name in r.client_metrics]
     numbers = [r.round for r in reports]
-    spreads = [_spread(r.client_metrics[name]) for r in reports]
+    spreads = [_spread(list(r.client_metrics[name].values())) for r in reports]
     left.fill_between(
         numbers, [s[0] for s in spreads], [s[-1] for s in spreads],
         facecolor="0.92", edgecolor="0.6", linewidth=0.6, label="worst to best",
@@ -157,7 +157,7 @@ def _clients(figure: Any, run: Run, name: str) -> None:
     _line(left, numbers, [s[2] for s in spreads], "median", _STYLES[0])
     _rounds_axis(left, run)
     left.set_ylabel(name.replace("_", " "))
-    last = sorted(reports[-1].client_metrics[name])
+    last = sorted(reports[-1].client_metrics[name].values())
     right.plot(range(1, len(last) + 1), last, "o", color="black", markersize=3)
     right.axhline(sum(last) / len(last), color="0.4", linestyle="--", label="mean")
     right.set_xlabel(f"clients after round {reports[-1].round}, sorted")

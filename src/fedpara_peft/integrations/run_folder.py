@@ -74,12 +74,18 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings on one level, and versions."""
-    if isinstance(settings.get("clients"), list):  # as a checkpoint has them, to compare
+    if isinstance(settings.get("strategy"), list):  # as a checkpoint has them, to compare
         name, own = settings["strategy"]
-        clients, examples = settings["clients"]
-        strategy = f"{name}({', '.join(f'{n}={v}' for n, v in own.items())})"
-        settings = {**settings, "strategy": strategy, "clients": clients, "examples": examples}
-    flat = {n: v for n, v in settings.items() if n not in ("arguments", "versions", "model")}
+        shown = ", ".join(f"{n}={v}" for n, v in own.items())
+        clients = settings.get("clients", {})
+        settings = {
+            **settings,
+            "strategy": f"{name}({shown})",
+            "clients": clients.get("number of clients"),
+            "examples": clients.get("number of examples"),
+        }
+    apart = ("arguments", "versions", "model", "identity")
+    flat = {n: v for n, v in settings.items() if n not in apart}
     return {**flat, **settings.get("arguments", {})}, settings.get("versions", {})
 
 

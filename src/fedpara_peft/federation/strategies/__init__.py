@@ -7,6 +7,7 @@ from .fedavgm import FedAvgM
 from .feddyn import FedDyn
 from .fedprox import FedProx
 from .local_only import LocalOnly
+from .named import as_strategy
 from .scaffold import Scaffold
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "LocalSteps",
     "Scaffold",
     "Strategy",
+    "as_strategy",
 ]

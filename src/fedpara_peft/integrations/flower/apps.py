@@ -33,7 +33,7 @@ def server_app(
     args: Arguments,
     num_clients: int,
     *,
-    strategy: Strategy | None = None,
+    strategy: Strategy | type[Strategy] | str | None = None,
     compute_loss: LossFunction | None = None,
     data_collator: Collator | None = None,
     eval_data_fn: Callable[[], Any] | None = None,
@@ -90,7 +90,7 @@ def client_app(
     args: Arguments,
     state_dir: str | None = None,
     *,
-    strategy: Strategy | None = None,
+    strategy: Strategy | type[Strategy] | str | None = None,
     compute_loss: LossFunction | None = None,
     data_collator: Collator | None = None,
     worker: bool = False,
@@ -141,7 +141,8 @@ def client_app(
 
     def query(message: Message, context: Context) -> Message:
         client = _client(context)
-        record = introduction_record(client, node(context).num_examples(client))
+        own = node(context).introduce(client)
+        record = introduction_record(client, own.num_examples, own.facts)
         return Message(record, reply_to=message)
 
     def train(message: Message, context: Context) -> Message:

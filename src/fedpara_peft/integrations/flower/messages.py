@@ -5,6 +5,8 @@ A payload travels as one array of bytes, which Flower sends in chunks.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -71,21 +73,25 @@ def read_answer(content: RecordDict) -> Answer:
         raise _malformed("answer", error) from None
 
 
-def introduction_record(client: int, num_examples: int) -> RecordDict:
-    """Which client a node trains, and on how many examples."""
-    facts = {"client": client, "num_examples": num_examples}
-    return RecordDict({"introduction": ConfigRecord(facts)})
+def introduction_record(client: int, num_examples: int, facts: Mapping[str, Any]) -> RecordDict:
+    """Which client a node trains, on how many examples, and what its app was given."""
+    text = json.dumps(facts, sort_keys=True)
+    record = {"client": client, "num_examples": num_examples, "facts": text}
+    return RecordDict({"introduction": ConfigRecord(record)})
 
 
-def read_introduction(content: RecordDict) -> tuple[int, int]:
+def read_introduction(content: RecordDict) -> tuple[int, int, dict[str, Any]]:
     """The inverse of :func:`introduction_record`.
 
     Raises:
         PayloadError: it is not an introduction.
     """
     try:
-        facts = content["introduction"]
-        return _count(facts["client"]), _count(facts["num_examples"])
+        record = content["introduction"]
+        facts = json.loads(str(record["facts"]))
+        if not isinstance(facts, dict):
+            raise TypeError("facts are no object")
+        return _count(record["client"]), _count(record["num_examples"]), facts
     except (KeyError, TypeError, ValueError) as error:
         raise _malformed("introduction", error) from None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,27 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...comm.errors import PayloadError
-from ...federation.admission import checked
 from ...federation.arguments import FederatedArguments
 from ...federation.batches import Collator
 from ...federation.channel import Channel
+from ...federation.checkpoint import must_agree
 from ...federation.client import LocalTrainer, LossFunction
 from ...federation.errors import ClientDataError, RoundError
+from ...federation.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.loss import default_loss
 from ...federation.schedule import factor_blocks, resting_factors
-from ...federation.state import Broadcast, ClientState, ServerState
+from ...federation.state import Broadcast, ClientState, ClientUpdate, ServerState
 from ...federation.store import DiskStore
-from ...federation.strategies import FedAvg, Strategy
+from ...federation.strategies import Strategy, as_strategy
+from ...federation.turn import Turns
 
 logger = logging.getLogger(__name__)
 
+#: Arguments that only the server reads.
+_SERVERS = {
+    "client_fraction", "clients_per_round", "client_sampling", "drop_out_probability",
+    "aggregation", "quorum", "dp_noise_multiplier", "dp_noise_seed", "dp_delta", "engine",
+}  # fmt: skip
 _RUN = re.compile(r"[0-9a-f]{16}")
 
 
@@ -49,7 +57,7 @@ class NodeSetup:
     data_fn: Callable[[int], Any]
     args: FederatedArguments
     state_dir: str
-    strategy: Strategy | None = None
+    strategy: Strategy | type[Strategy] | str | None = None
     compute_loss: LossFunction | None = None
     data_collator: Collator | None = None
 
@@ -95,6 +103,25 @@ class Answer:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of itself.
+
+    Attributes:
+        num_examples: its client's.
+        facts: what its app was given, by name.
+    """
+
+    num_examples: int
+    facts: Mapping[str, Any]
+
+
+def node_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a run was given, what a node must have in common with the server."""
+    shaping = {n: v for n, v in must_agree(facts).items() if n not in _SERVERS}
+    return json.loads(json.dumps(shaping))
+
+
 class Node:
     """Trains clients in one model, which is never rebuilt.
 
@@ -104,7 +131,7 @@ class Node:
 
     def __init__(self, setup: NodeSetup) -> None:
         self._setup = setup
-        args, strategy = setup.args, setup.strategy or FedAvg()
+        args, strategy = setup.args, as_strategy(setup.strategy)
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
         model = setup.model_fn().to(accelerator.device)
         loss = setup.compute_loss or default_loss
@@ -113,10 +140,17 @@ class Node:
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
         self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
         self._data: dict[int, Any] = {}
+        self._turns = Turns(args, self._channel, range(2**31))
+        everything = {**self._local.shared, **self._local.local}
+        self._facts = node_facts({
+            **settings_facts(args, strategy),
+            **model_facts(everything),
+            **base_facts(model, everything),
+        })  # fmt: skip
 
-    def num_examples(self, client: int) -> int:
-        """How many examples a client has."""
-        return len(self._dataset(client))
+    def introduce(self, client: int) -> Introduction:
+        """How many examples a client has, and what this node was given."""
+        return Introduction(len(self._dataset(client)), self._facts)
 
     def train(self, client: int, job: Job) -> Answer:
         """Train a client for a round.
@@ -126,7 +160,7 @@ class Node:
         store = self._store(client, job)
         try:
             return self._turn(client, job, store)
-        except PayloadError as error:
+        except PayloadError as error:  # the broadcast is not what was agreed on
             logger.warning("round %d, client %d: %s", job.round + 1, client, error)
             return Answer(job.round, reason=error.reason, message=str(error))
         finally:
@@ -134,28 +168,27 @@ class Node:
             store.commit()
 
     def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
-        args, number = self._setup.args, job.round
-        state = store.get(client)
-        resting = frozenset(resting_factors(self._products, number))
-        broadcast = self._received(job, resting)
-        self._local.rest(resting)
-        try:
-            data = self._dataset(client)
-            update, state = self._local.train(client, data, number, broadcast, state, resting)
-        finally:
-            self._local.rest(())
-        received, state, payload = self._channel.uplink(update, state, number, encode=True)
-        answer = Answer(
-            number, update.num_examples, update.train_loss, payload.data if payload else b""
-        )
-        try:
-            checked(received, args)
-        except PayloadError as error:  # the server will find the same; it is sent to be counted
-            logger.warning("round %d, client %d: %s", number + 1, client, error)
-            return answer
-        if state:
-            store.put(client, number + 1, state)
-        return answer
+        resting = frozenset(resting_factors(self._products, job.round))
+        broadcast, state = self._received(job, resting), store.get(client)
+        data = self._dataset(client)
+
+        def train() -> tuple[ClientUpdate, ClientState]:
+            self._local.rest(resting)
+            try:
+                return self._local.train(client, data, job.round, broadcast, state, resting)
+            finally:
+                self._local.rest(())
+
+        outcome = self._turns.take(client, job.round, train, store, encode=True)
+        if outcome.refused is not None:
+            logger.warning("round %d: %s", job.round + 1, outcome.refused.message)
+        if outcome.sent is None:
+            assert outcome.refused is not None
+            reason, message = outcome.refused.reason, outcome.refused.message
+            return Answer(job.round, reason=reason, message=message)
+        # Also what the server will refuse is sent, to be counted.
+        sent = outcome.sent
+        return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload)
 
     def _received(self, job: Job, resting: frozenset[str]) -> Broadcast:
         """The broadcast, checked against this node's own model."""

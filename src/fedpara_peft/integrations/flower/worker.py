@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ...federation.errors import ArgumentsError, RoundError
-from .node import Answer, Job, Node, NodeSetup, client_folder
+from .node import Answer, Introduction, Job, Node, NodeSetup, client_folder
 
 _MAIN = "from fedpara_peft.integrations.flower.worker import main; main()"
 _START_S = 300.0
@@ -51,10 +51,10 @@ class RemoteNode:
         self._setup = setup
         self._idle_s = idle_s
 
-    def num_examples(self, client: int) -> int:
-        """How many examples a client has."""
-        found, _ = self._ask(client, {"do": "num_examples"}, b"")
-        return int(found["num_examples"])
+    def introduce(self, client: int) -> Introduction:
+        """How many examples a client has, and what this node was given."""
+        found, _ = self._ask(client, {"do": "introduce"}, b"")
+        return Introduction(**found)
 
     def train(self, client: int, job: Job) -> Answer:
         """Train a client for a round."""
@@ -154,8 +154,8 @@ def _serve(node: Node, connection: Connection) -> None:
     data = b""
     try:
         client = int(request["client"])
-        if request["do"] == "num_examples":
-            found = {"num_examples": node.num_examples(client)}
+        if request["do"] == "introduce":
+            found = asdict(node.introduce(client))
         else:
             facts = request["job"]
             answer = node.train(

@@ -1,0 +1,126 @@
+"""A federation shared among processes: each lets some clients train, all see every update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from ..comm.errors import PayloadError
+from .crew import Crew
+from .history import History
+from .sampling import share_out
+from .server import OpenRound, RoundServer
+from .simulation import Simulation
+from .state import Outcome, Refused, RoundReport, ServerState
+
+
+class Processes:
+    """Clients of all processes; see :class:`~.backend.Backend`.
+
+    What travels between processes is what travels between machines: a client's payload, in bytes.
+
+    Args:
+        simulation: of this process.
+        rounds: decodes and admits payloads.
+        accelerator: the way between the processes.
+        crew: the processes.
+    """
+
+    needs_payload = False
+
+    def __init__(
+        self, simulation: Simulation, rounds: RoundServer, accelerator: Accelerator, crew: Crew
+    ) -> None:
+        self._simulation = simulation
+        self._rounds = rounds
+        self._accelerator = accelerator
+        self._crew = crew
+        self.names: Sequence[Any] = simulation.names
+        self.num_examples: Sequence[int] = simulation.num_examples
+
+    def facts(self) -> dict[str, Any]:
+        """As the simulation has it."""
+        return self._simulation.facts()
+
+    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
+        """As the simulation has it."""
+        self._simulation.begin(server, history, saved)
+
+    def send(self, opened: OpenRound) -> Collection[int]:
+        """As the simulation has it: every process makes the broadcast itself."""
+        return self._simulation.send(opened)
+
+    def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
+        """As :class:`~.backend.Backend` has it; the same on every process."""
+        owners = share_out(opened.reporting, self.num_examples, self._crew.size)
+        here = [client for client in opened.reporting if owners[client] == self._crew.index]
+        mine: dict[int, Outcome] = {}
+
+        def train() -> dict[int, Outcome]:
+            mine.update((o.client, o) for o in self._simulation.turns(here, opened, encode=True))
+            return {client: _light(outcome) for client, outcome in mine.items()}
+
+        known = {c: o for part in self._crew.together(train) for c, o in part.items()}
+        for client in sorted(owners):
+            outcome = known[client]
+            if outcome.update is not None:
+                size = 0 if outcome.size is None else len(outcome.size)
+                own = mine[client].payload if client in mine else None
+                payload = self._from(owners[client], own, size)
+                outcome = self._received(opened, outcome, payload)
+            if outcome.keeps_state:
+                self._simulation.store.note(client, opened.number + 1)
+            yield outcome
+
+    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
+        """As the simulation has it."""
+        self._simulation.end_round(opened, report, needed)
+
+    def commit(self) -> None:
+        """As the simulation has it."""
+        self._simulation.commit()
+
+    def rollback(self, round: int) -> None:
+        """As the simulation has it."""
+        self._simulation.rollback(round)
+
+    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
+        """As the simulation has it."""
+        return self._simulation.evaluate(server)
+
+    def _from(self, owner: int, own: bytes | None, size: int) -> bytes:
+        """A payload that one process has, on every process."""
+        if not size:
+            return b""
+        data = torch.empty(size, dtype=torch.uint8)
+        if own is not None:
+            data = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        here = data.to(self._accelerator.device)
+        return broadcast(here, from_process=owner).cpu().numpy().tobytes()
+
+    def _received(self, opened: OpenRound, outcome: Outcome, payload: bytes) -> Outcome:
+        assert outcome.update is not None
+        sent = outcome.update
+        try:
+            update = self._rounds.received(
+                opened, outcome.client, payload, sent.num_examples, sent.train_loss
+            )
+        except PayloadError as error:
+            refused = Refused(outcome.client, error.reason, str(error))
+            return dataclasses.replace(outcome, update=None, refused=refused)
+        return dataclasses.replace(outcome, update=update)
+
+
+def _light(outcome: Outcome) -> Outcome:
+    """An outcome as the other processes need it: without tensors, bytes and live exceptions."""
+    update, refused = outcome.update, outcome.refused
+    if update is not None:
+        update = dataclasses.replace(update, update={}, extra={})
+    if refused is not None:
+        refused = dataclasses.replace(refused, error=None)
+    return dataclasses.replace(outcome, update=update, refused=refused, payload=b"", sent=None)

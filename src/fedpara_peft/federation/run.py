@@ -1,0 +1,275 @@
+"""The run, once: open → outcomes → close → evaluate → checkpoint, whoever the clients are."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..comm.ledger import Ledger, shown_bytes
+from ..comm.state import State
+from ..tuner.card import note_training
+from .arguments import FederatedArguments
+from .averaging import AveragingBias
+from .backend import Backend
+from .callbacks import FederatedCallback
+from .client import LocalTrainer
+from .crew import Crew
+from .evaluation import over_clients
+from .facts import training_facts
+from .history import History
+from .metrics import higher_is_better
+from .privacy import noise_seed
+from .progress import Progress, progress
+from .run_folder import RunFolder
+from .server import OpenRound, RoundServer
+from .settings import describe_run
+from .state import Refused, RoundReport, ServerState
+from .strategies import Strategy
+from .trackers import Trackers
+
+
+class Run:
+    """All rounds of a run.
+
+    Args:
+        args: the run's settings.
+        strategy: the federated optimizer.
+        backend: where clients train.
+        rounds: the server's half of a round.
+        local: the model's tensors, live.
+        crew: the processes that run this together.
+        trackers: where it is told to.
+        callbacks: called on the main process.
+        evaluate: evaluates the model in place, after it got the global state; None: nothing to.
+        facts: what the run was given, to compare with a checkpoint's.
+        log: where every round is told in a line; None shows bars instead.
+
+    Attributes:
+        history: reports of the rounds so far.
+        ledger: their transfers.
+    """
+
+    def __init__(
+        self,
+        args: FederatedArguments,
+        strategy: Strategy,
+        backend: Backend,
+        rounds: RoundServer,
+        local: LocalTrainer,
+        crew: Crew,
+        trackers: Trackers,
+        callbacks: Sequence[FederatedCallback],
+        evaluate: Callable[[], dict[str, float]] | None,
+        facts: Mapping[str, Any],
+        log: logging.Logger | None = None,
+    ) -> None:
+        self._args = args
+        self._strategy = strategy
+        self._backend = backend
+        self._rounds = rounds
+        self._local = local
+        self._crew = crew
+        self._trackers = trackers
+        self._callbacks = callbacks
+        self._evaluate = evaluate
+        self._facts = facts
+        self._logger = log
+        self._folder = RunFolder(args)
+        self._server = ServerState(0, local.shared, buffers=local.buffers)
+        self.history = History()
+        self.ledger = Ledger()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in place."""
+        return self._local.model
+
+    def train(self, resume: bool | str | os.PathLike[str] | None = None) -> History:
+        """Run all rounds; the model holds the last good global state afterwards, also of a run
+        that failed or was interrupted.
+
+        Args:
+            resume: see :meth:`~.trainer.FederatedTrainer.train`.
+
+        Raises:
+            RoundError: too few updates of a round can be used.
+            ResumeError: the checkpoint is of another run, or starting afresh would overwrite one.
+            RunFolderError: the folder cannot be written.
+        """
+        args = self._args
+        self._start(resume)
+        self._crew.on_main(self._began)
+        disable = args.disable_tqdm or not self._crew.is_main or self._logger is not None
+        try:
+            with progress(args.num_rounds, self._server.round, disable) as bars:
+                while self._server.round < args.num_rounds:
+                    self._round(bars)
+                    bars.show(self.history.rounds, self.history.total_bytes)
+        except BaseException as error:
+            error.add_note(self._how_to_go_on())
+            raise
+        finally:
+            self._local.load(self._server.params)
+            self._note()
+        self._crew.on_main(self._ended)
+        return self.history
+
+    # One round.
+
+    def _round(self, bars: Progress) -> None:
+        opened = self._rounds.open(self._server, encode=self._backend.needs_payload)
+        try:
+            server, report = self._played(opened, bars)
+        except BaseException:
+            self._backend.rollback(self._server.round)
+            raise
+        self._server = server
+        self.history = History((*self.history.rounds, report))
+        if self._due(self._args.save_every, server.round):
+            self._backend.commit()
+            self._crew.on_main(
+                lambda: self._folder.save(server, self.history, self.ledger, self.model)
+            )
+            self._folder.note_saved(server.round)
+        self._backend.end_round(opened, report, [*self._folder.saved, server.round])
+        self._crew.on_main(lambda: self._tell(report))
+
+    def _played(self, opened: OpenRound, bars: Progress) -> tuple[ServerState, RoundReport]:
+        start, number = time.perf_counter(), opened.number + 1
+        for client in self._backend.send(opened):
+            self.ledger.record(number, client, "downlink", opened.size)
+        bias = None
+        if self._args.report_averaging_bias:
+            bias = AveragingBias(self.model, self._local.shared, self._server.params)
+        came: set[int] = set()
+        failed: list[Refused] = []
+        times: list[float | None] = []
+        for outcome in bars.within(self._backend.outcomes(opened), len(opened.reporting)):
+            if outcome.reported:
+                came.add(outcome.client)
+            if outcome.size is not None:
+                times.append(outcome.seconds)
+                self.ledger.record(number, outcome.client, "uplink", outcome.size)
+            if outcome.refused is not None:
+                self._rounds.refuse(opened, outcome.refused)
+                if outcome.refused.reason == "failed":
+                    failed.append(outcome.refused)
+            elif outcome.update is not None:
+                self._rounds.take_in(opened, outcome.update)
+                if bias is not None:
+                    bias.add(outcome.update.update, self._rounds.weight(outcome.update))
+        if failed and len(failed) == len(came) and failed[0].error is not None:
+            raise failed[0].error  # everybody failed: the fault is not one client's
+        ended, mean = self._rounds.close(opened)
+        report = self._rounds.report(
+            opened,
+            self.ledger,
+            time.perf_counter() - start,
+            dropped=[client for client in opened.reporting if client not in came],
+            averaging_bias=None if bias is None else bias.result(mean.update),
+            slowest_client_s=_slowest(times),
+        )
+        self._local.load(ended.params)
+        if self._due(self._args.eval_every, number):
+            report = self._evaluated(ended, report)
+        return ended, report
+
+    def _evaluated(self, server: ServerState, report: RoundReport) -> RoundReport:
+        metrics = {} if self._evaluate is None else self._evaluate()
+        of_clients = self._backend.evaluate(server)
+        for name, values in of_clients.items():
+            spread = over_clients(list(values.values()), higher_is_better(name))
+            metrics |= {f"client_{name}_{which}": value for which, value in spread.items()}
+        return dataclasses.replace(report, metrics=metrics, client_metrics=of_clients)
+
+    # Around the rounds.
+
+    def _start(self, resume: bool | str | os.PathLike[str] | None) -> None:
+        """Go to where the run begins, with the clients and the counted bytes as they were then."""
+        facts = {**self._facts, **self._backend.facts()}
+        found = self._folder.begin(resume, facts, self._described(facts), self._crew)
+        if found is None:
+            self.history, self.ledger = History(), Ledger()
+            params = {name: tensor.clone() for name, tensor in self._local.shared.items()}
+            seed = self._crew.on_main(lambda: noise_seed(self._args))
+            self._server = ServerState(0, params, buffers=self._local.buffers, noise_seed=seed)
+        else:
+            self.history, self.ledger = found.history, found.ledger
+            self._server = _placed_like(found.server, self._local.shared)
+        self._local.load(self._server.params)
+        self._backend.begin(self._server, self.history, self._folder.saved)
+        self._crew.on_main(lambda: self._folder.describe(self._described(facts)))
+
+    def _described(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        values = sum(t.numel() for t in self._local.shared.values())
+        sizes = self._backend.num_examples
+        return describe_run(self._args, self._strategy, sizes, values, facts)
+
+    def _began(self) -> None:
+        self._trackers.begin()
+        for callback in self._callbacks:
+            callback.on_train_begin(self._server)
+
+    def _tell(self, report: RoundReport) -> None:
+        if self._logger is not None:
+            _log(self._logger, report, self._args.num_rounds)
+        self._trackers.log(report)
+        self._folder.write_history(self.history, self.ledger)
+        for callback in self._callbacks:
+            callback.on_round_end(self._server, report)
+
+    def _note(self) -> None:
+        """Write down what is known when a run ends, however it ends."""
+        population = len(self._backend.names)
+        facts = training_facts(self.history, self._args, self._strategy, population)
+        note_training(self.model, facts)
+        if self._crew.is_main:
+            self._folder.write_history(self.history, self.ledger, at_once=True)
+
+    def _ended(self) -> None:
+        for callback in self._callbacks:
+            callback.on_train_end(self._server, self.history)
+        self._trackers.end()
+
+    def _how_to_go_on(self) -> str:
+        return (
+            f"stopped after round {self._server.round} of {self._args.num_rounds}; "
+            f"{self._folder.how_to_go_on()}"
+        )
+
+    def _due(self, every: int, round: int) -> bool:
+        return every > 0 and (round % every == 0 or round == self._args.num_rounds)
+
+
+def _slowest(times: Sequence[float | None]) -> float | None:
+    """The slowest client's time; None where it was not measured."""
+    known = [seconds for seconds in times if seconds is not None]
+    return None if len(known) < len(times) else max(known, default=0.0)
+
+
+def _placed_like(server: ServerState, like: State) -> ServerState:
+    """A server state on the devices of the live tensors."""
+
+    def placed(state: State) -> State:
+        return {name: tensor.to(like[name].device) for name, tensor in state.items()}
+
+    optimizer = {group: placed(state) for group, state in server.optimizer.items()}
+    # The residual stays in main memory, where payloads are made.
+    return dataclasses.replace(server, params=placed(server.params), optimizer=optimizer)
+
+
+def _log(logger: logging.Logger, report: RoundReport, rounds: int) -> None:
+    loss = "-" if report.train_loss is None else f"{report.train_loss:.4f}"
+    shown = "".join(f", {name} {value:.4f}" for name, value in report.metrics.items())
+    lost = len(report.dropped) + len({client for client, _ in report.refused})
+    logger.info(
+        "round %d of %d: %d of %d clients, train_loss %s%s, %s, %.1f s",
+        report.round, rounds, len(report.cohort) - lost, len(report.cohort), loss, shown,
+        shown_bytes(report.uplink_bytes + report.downlink_bytes), report.seconds,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""A federation in one process: clients take their turns in one model."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import FederatedArguments
+from .batched import BatchedTrainer
+from .client import LocalTrainer
+from .crew import Crew
+from .evaluation import Evaluator
+from .fingerprint import population_facts
+from .history import History
+from .population import Population
+from .server import OpenRound
+from .state import Outcome, RoundReport, ServerState
+from .store import ClientStore, DiskStore, MemoryStore
+from .turn import Turns
+
+
+class Simulation:
+    """Clients of this process; see :class:`~.backend.Backend`.
+
+    Args:
+        args: the run's settings.
+        population: the clients' names and data.
+        local: trains one client after the other.
+        stacked: trains several side by side, None where that is impossible or not wanted.
+        turns: takes what they trained through the channel.
+        evaluator: evaluates clients' own models.
+        crew: the processes that share ``output_dir``.
+    """
+
+    needs_payload = False
+
+    def __init__(
+        self,
+        args: FederatedArguments,
+        population: Population,
+        local: LocalTrainer,
+        stacked: BatchedTrainer | None,
+        turns: Turns,
+        evaluator: Evaluator,
+        crew: Crew,
+    ) -> None:
+        self._args = args
+        self._population = population
+        self._local = local
+        self._stacked = stacked
+        self._turns = turns
+        self._evaluator = evaluator
+        self._crew = crew
+        self.names: Sequence[Any] = population.names
+        self.num_examples: Sequence[int] = population.num_examples
+        self.store = self._opened()
+
+    def facts(self) -> dict[str, Any]:
+        """Who the clients are, and what their data look like."""
+        population = self._population
+        return {"clients": population_facts(self.names, self.num_examples, population.train)}
+
+    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
+        """As :class:`~.backend.Backend` has it."""
+
+        def step_back() -> None:
+            disk = self._disk()
+            disk.rollback(server.round) if server.round else disk.clear()
+
+        self._crew.on_main(step_back)
+        self.store = self._opened()
+
+    def send(self, opened: OpenRound) -> Collection[int]:
+        """As :class:`~.backend.Backend` has it: it goes to the whole cohort."""
+        return opened.cohort
+
+    def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
+        """As :class:`~.backend.Backend` has it."""
+        return self.turns(opened.reporting, opened)
+
+    def turns(
+        self, clients: Sequence[int], opened: OpenRound, *, encode: bool = False
+    ) -> Iterator[Outcome]:
+        """Let clients take their turns, side by side where that pays; in client order.
+
+        Args:
+            clients: some of the round's.
+            opened: the round.
+            encode: whether payloads are needed, not their lengths alone.
+        """
+        self._local.rest(opened.resting)
+        try:
+            yield from self._each(clients, opened, encode)
+        finally:
+            self._local.rest(())
+
+    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
+        """As :class:`~.backend.Backend` has it."""
+        self.store.prune(needed, opened.cohort, owner=self._crew.is_main)
+
+    def commit(self) -> None:
+        """As :class:`~.backend.Backend` has it."""
+        self._crew.together(self.store.commit)
+
+    def rollback(self, round: int) -> None:
+        """As :class:`~.backend.Backend` has it."""
+        self.store.rollback(round, owner=self._crew.is_main)
+
+    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
+        """As :class:`~.backend.Backend` has it; the processes share the clients."""
+        data = self._population.eval
+        if data is None:
+            return {}
+        found = self._crew.together(lambda: self._evaluated(server, data))
+        by_client = {client: metrics for part in found for client, metrics in part.items()}
+        metrics = sorted({name for values in by_client.values() for name in values})
+        return {
+            metric: {
+                self.names[client]: by_client[client][metric]
+                for client in sorted(by_client)
+                if metric in by_client[client]
+            }
+            for metric in metrics
+        }
+
+    def _evaluated(self, server: ServerState, data: Sequence[Any]) -> dict[int, dict[str, float]]:
+        found = {}
+        for client in range(self._crew.index, len(self.names), self._crew.size):
+            self._local.load(server.params, self.store.get(client))
+            found[client] = self._evaluator(self._local.model, data[client])
+        self._local.load(server.params)
+        return found
+
+    def _each(self, clients: Sequence[int], opened: OpenRound, encode: bool) -> Iterator[Outcome]:
+        data: dict[int, Any] = {}
+        ended: dict[int, Any] = {}
+        shares: dict[int, float] = {}
+        stacked = self._stacked
+        if stacked is not None and stacked.wanted(len(clients)):
+            data = {client: self._population.train[client] for client in clients}
+            for group in stacked.groups(data):
+                of_group = [data[client] for client in group]
+                states = [self.store.get(client) for client in group]
+                start = time.perf_counter()
+                found = stacked.train(
+                    group, of_group, opened.number, opened.broadcast, states, opened.resting
+                )
+                ended.update(zip(group, found, strict=True))
+                share = (time.perf_counter() - start) / len(group)
+                shares.update(dict.fromkeys(group, share))
+        for client in clients:
+            if client in ended:
+                train = functools.partial(self._local.end, *ended.pop(client))
+            else:
+                train = functools.partial(self._alone, client, data, opened)
+            yield self._turns.take(
+                client, opened.number, train, self.store,
+                encode=encode, seconds=shares.get(client, 0.0),
+            )  # fmt: skip
+
+    def _alone(self, client: int, data: Mapping[int, Any], opened: OpenRound) -> Any:
+        own = data[client] if client in data else self._population.train[client]
+        state = self.store.get(client)
+        return self._local.train(
+            client, own, opened.number, opened.broadcast, state, opened.resting
+        )
+
+    def _disk(self) -> DiskStore:
+        return DiskStore(Path(self._args.output_dir) / "clients", self.names)
+
+    def _opened(self) -> ClientStore:
+        wanted = self._args.client_store
+        in_memory = wanted == "memory" or (wanted == "auto" and self._crew.size == 1)
+        return MemoryStore(self._disk()) if in_memory else self._disk()

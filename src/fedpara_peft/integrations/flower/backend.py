@@ -1,0 +1,199 @@
+"""Clients on nodes, as a run sees them."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from ...comm.errors import PayloadError
+from ...comm.payload import Payload, PayloadSize
+from ...federation.arguments import FederatedArguments
+from ...federation.errors import AgreementError, ResumeError, RoundError
+from ...federation.history import History
+from ...federation.server import OpenRound, RoundServer
+from ...federation.state import ClientUpdate, Outcome, Refused, RoundReport, ServerState
+from .directory import Directory
+from .exchange import Pending, collect, dispatch
+from .messages import job_record, read_answer, refusal
+from .node import Job
+
+logger = logging.getLogger("flwr.fedpara")
+
+_RUN_FILE = "flower-run.txt"
+#: Refusals of what came beside an answer.
+_BESIDE = ("duplicate",)
+
+
+class FlowerBackend:
+    """Clients on the nodes of a grid; see :class:`~fedpara_peft.federation.backend.Backend`.
+
+    Args:
+        grid: the way to the nodes.
+        args: the run's settings.
+        rounds: decodes and admits payloads.
+        num_examples: of every client, filled in when its node has said so.
+        deadline_s: how long a round waits for answers, and its beginning for nodes.
+        expected: what every node must have been given, by name.
+    """
+
+    needs_payload = True
+
+    def __init__(
+        self,
+        grid: Grid,
+        args: FederatedArguments,
+        rounds: RoundServer,
+        num_examples: list[int],
+        deadline_s: float,
+        expected: Mapping[str, Any],
+    ) -> None:
+        self._grid = grid
+        self._args = args
+        self._rounds = rounds
+        self._deadline_s = deadline_s
+        self._directory = Directory(grid, len(num_examples), deadline_s, expected)
+        self._pending = Pending()
+        self._run_name = ""
+        self._used: dict[int, int] = {}
+        self._needed: tuple[int, ...] = ()
+        self.names: Sequence[Any] = range(len(num_examples))
+        self.num_examples = num_examples
+
+    def facts(self) -> dict[str, Any]:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        return {"clients": {"number of clients": len(self.names)}}
+
+    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
+        """Take up the run's name, and wait for the nodes.
+
+        Raises:
+            ResumeError: the checkpoint is of a run in one place.
+            RoundError: no node came in time, or too few to sample by their examples.
+            AgreementError: those that came were given another run.
+        """
+        name_file = Path(self._args.output_dir) / _RUN_FILE
+        if not server.round:
+            self._run_name = secrets.token_hex(8)
+            name_file.write_text(self._run_name + "\n")
+        elif name_file.exists():
+            self._run_name = name_file.read_text().strip()
+            logger.info("continuing after round %d", server.round)
+        else:
+            raise ResumeError(
+                f"{name_file.parent} holds checkpoints, but no {_RUN_FILE}: they are of a run in "
+                "one place; take another output_dir"
+            )
+        self._used = used_last(history)
+        self._needed = (*saved, server.round)
+        self._introduce()
+
+    def send(self, opened: OpenRound) -> Collection[int]:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        clients = set(opened.reporting)
+        if clients and not self._directory.wait_for(clients, self._deadline_s, all=False):
+            logger.warning("round %d: no sampled client is connected", opened.number + 1)
+        payload = opened.payload.data if opened.payload else b""
+        jobs = {
+            client: job_record(
+                Job(self._run_name, opened.number, self._used.get(client, 0), self._needed, payload)
+            )
+            for client in opened.reporting
+        }
+        group = str(opened.number + 1)
+        self._pending = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
+        return list(self._pending.expected.values())
+
+    def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        replies = collect(self._grid, self._directory, self._pending)
+        silent = [client for client in opened.reporting if client not in replies.content]
+        if silent:
+            logger.warning(
+                "round %d goes on without clients %s (deadline %g s)",
+                opened.number + 1, silent, self._deadline_s,
+            )  # fmt: skip
+        for client in opened.reporting:
+            if client in replies.content:
+                yield self._outcome(opened, client, replies.content[client])
+        for refused in replies.refused:
+            yield Outcome(
+                refused.client, refused=refused, reported=refused.client in replies.content
+            )
+
+    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it: the next jobs tell it."""
+        self._used.update(used_last([report]))
+        self._needed = tuple(needed)
+
+    def commit(self) -> None:
+        """Nothing to do: nodes write what their clients keep before they answer."""
+
+    def rollback(self, round: int) -> None:
+        """Nothing to do: the next jobs say which state of a client goes with the server's."""
+
+    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
+        """Nothing: clients' own data are not evaluated on nodes."""
+        return {}
+
+    def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
+        """What a client sent, used or refused by name."""
+        size = None
+        try:
+            answer = read_answer(content)
+            if answer.reason:
+                raise PayloadError(refusal(answer.reason), f"its node says {answer.message!r:.500}")
+            size = _size(answer.payload)
+            if answer.round != opened.number:
+                raise PayloadError(
+                    "stale", f"it answers round {answer.round + 1}, this is {opened.number + 1}"
+                )
+            update: ClientUpdate = self._rounds.received(
+                opened, client, answer.payload, answer.num_examples, answer.train_loss
+            )
+        except PayloadError as error:
+            refused = Refused(client, error.reason, f"client {client}: {error}")
+            return Outcome(client, size, refused=refused, seconds=None)
+        return Outcome(client, size, update, seconds=None)
+
+    def _introduce(self) -> None:
+        """Learn how many examples every client has, as far as nodes have come."""
+        directory, everybody = self._directory, set(self.names)
+        logger.info("waiting for %d clients", len(everybody))
+        if not directory.wait_for(everybody, self._deadline_s, all=True):
+            missing = sorted(everybody - directory.nodes.keys())
+            if len(missing) == len(everybody) and directory.unlike:
+                raise AgreementError(
+                    "every node was given another run than the server, first "
+                    f"{next(iter(directory.unlike.values()))}: start them with the same app"
+                )
+            if len(missing) == len(everybody) or self._args.client_sampling == "weighted":
+                raise RoundError(
+                    f"{len(missing)} of {len(everybody)} clients did not come within "
+                    f"{self._deadline_s:g} s, first {missing[:5]}: start their nodes, raise "
+                    "deadline_s, or use client_sampling='uniform'"
+                )
+            logger.warning("starting without clients %s", missing)
+        for client, count in directory.num_examples.items():
+            self.num_examples[client] = count
+
+
+def used_last(history: History | Sequence[RoundReport]) -> dict[int, int]:
+    """By client, the last round in which its update was used: the version of its state."""
+    used: dict[int, int] = {}
+    for report in history:
+        # A client whose second answer was refused took part all the same.
+        missing = {*report.dropped, *(c for c, r in report.refused if r not in _BESIDE)}
+        used.update({c: report.round for c in report.cohort if c not in missing})
+    return used
+
+
+def _size(payload: bytes) -> PayloadSize:
+    """Length by parts, also of bytes that are no payload."""
+    header = min(Payload(payload).size.header_bytes, len(payload))
+    return PayloadSize(header, len(payload) - header)
