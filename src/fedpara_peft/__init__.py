@@ -15,11 +15,13 @@ from .comm.state import (
 from .federation.arguments import FederatedArguments
 from .federation.callbacks import FederatedCallback
 from .federation.errors import (
+    AgreementError,
     ArgumentsError,
     ClientDataError,
     PartitionError,
     ResumeError,
     RoundError,
+    RunFolderError,
 )
 from .federation.history import History
 from .federation.metrics import accuracy
@@ -63,6 +65,7 @@ from .tuner.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgreementError",
     "ArgumentsError",
     "CheckpointError",
     "ClientDataError",
@@ -92,6 +95,7 @@ __all__ = [
     "ReplacedWeightError",
     "ResumeError",
     "RoundError",
+    "RunFolderError",
     "Scaffold",
     "StateError",
     "Strategy",

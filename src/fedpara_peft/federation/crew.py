@@ -64,13 +64,16 @@ class Crew:
         """Do something on the main process alone; all learn what it found, or that it failed."""
         return self.together(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, facts: Callable[[], Mapping[str, Any]]) -> None:
         """Compare what the processes were given.
+
+        Args:
+            facts: finds it out, by name; it may fail.
 
         Raises:
             AgreementError: on every process alike, if they were given different things.
         """
-        found = self.together(lambda: dict(facts))
+        found = self.together(lambda: dict(facts()))
         for index, theirs in enumerate(found):
             if differing := differences(found[0], theirs):
                 shown = shown_differences(differing, "process 0", f"process {index}")
@@ -93,10 +96,13 @@ class Crew:
         tensors = {name: t.detach() for name, t in model.named_parameters()}
         tensors.update(model.named_buffers())
         trained = sorted(name for name, p in model.named_parameters() if p.requires_grad)
-        self.agree({
-            "the model's tensors": {n: f"{tuple(t.shape)} {t.dtype}" for n, t in tensors.items()},
-            "the model's trainable parameters": trained,
-        })  # fmt: skip
+        shapes = {n: f"{tuple(t.shape)} {t.dtype}" for n, t in tensors.items()}
+        self.agree(
+            lambda: {
+                "the model's tensors": shapes,
+                "the model's trainable parameters": trained,
+            }
+        )
         digests = self.together(lambda: {n: tensor_digest(t) for n, t in tensors.items()})
         differing = [n for n in tensors if any(d[n] != digests[0][n] for d in digests)]
         if differing and self.is_main:

@@ -54,10 +54,16 @@ def population_facts(
     return {
         "number of clients": len(names),
         "number of examples": sum(num_examples),
-        "clients' names": _short(map(repr, names)),
-        "clients' sizes": _short(map(str, num_examples)),
+        "clients' names": _shown(names),
+        "clients' sizes": _shown(num_examples),
         "clients' data": None if datasets is None else data_digest(datasets),
     }
+
+
+def _shown(values: Sequence[Any]) -> str:
+    """A few values for people, and a digest of all."""
+    few = ", ".join(f"{value!r:.20}" for value in values[:3])
+    return f"{few}{', …' if len(values) > 3 else ''} ({_short(map(repr, values))})"
 
 
 def data_digest(datasets: Sequence[Any]) -> str:
@@ -107,7 +113,10 @@ def shown_differences(differing: Mapping[str, tuple[Any, Any]], one: str, other:
 
 def _row_digest(data: Any, position: int) -> str:
     with seeded(derived_seed(0, "fingerprint")):
-        return _short(_parts(data[position]))
+        try:
+            return _short(_parts(data[position]))
+        except Exception as error:  # its client will meet it, and be told
+            return f"unreadable: {type(error).__name__}"
 
 
 def _parts(value: Any) -> Iterable[str | bytes]:

@@ -227,15 +227,15 @@ class FederatedTrainer:
 
     def _agree(self, facts: Mapping[str, Any]) -> None:
         """See that all processes were given one run, and start it from one model."""
-        own = {name: value for name, value in facts.items() if name not in _OWN}
         held_out = [] if self.eval_dataset is None else [self.eval_dataset]
-        self._crew.agree(own)
-        self._crew.agree({
-            **population_facts(
-                self.population.names, self.population.num_examples, self.population.train
-            ),
-            "eval_dataset": [len(data) for data in held_out] + [data_digest(held_out)],
-        })  # fmt: skip
+        population = self.population
+        self._crew.agree(lambda: {n: v for n, v in facts.items() if n not in _OWN})
+        self._crew.agree(
+            lambda: {
+                **population_facts(population.names, population.num_examples, population.train),
+                "eval_dataset": [*map(len, held_out), data_digest(held_out)],
+            }
+        )
         self._crew.share_model(self.model)
         self._crew.share_threads()
         if self.args.client_store == "memory":
