@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedpara_peft import (
+    AgreementError,
     ArgumentsError,
     FedAdam,
     FedAvg,
@@ -251,6 +252,62 @@ def test_a_failing_client_counts_as_one_that_took_no_part(tmp_path, name, monkey
     theirs = load_file(tmp_path / "simulated" / "checkpoint-4" / "server.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert_same_clients(tmp_path, trainer)
+
+
+def test_a_node_that_was_given_another_run_trains_nobody(tmp_path, caplog):
+    args = task.arguments(tmp_path / "server")
+    other = dataclasses.replace(args, learning_rate=0.5, quorum=0.9)  # the quorum is the server's
+    apps = [
+        client_app(task.model_fn, task.data_fn, other if client == 1 else args)
+        for client in range(task.CLIENTS)
+    ]
+    run(tmp_path, apps=apps, deadline_s=1.0)
+    assert all(report.dropped == (1,) for report in history(tmp_path))
+    assert "refused: node 101 (client 1): learning_rate: 0.1 here, 0.5 there" in caplog.text
+    assert "quorum:" not in caplog.text
+
+
+def frozen_model(seed):
+    """Another frozen base for every seed."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+    model[0].requires_grad_(False)
+    return model
+
+
+def test_nodes_with_another_frozen_base_stop_the_run_by_name(tmp_path):
+    args = task.arguments(tmp_path / "server")
+    apps = [client_app(lambda: frozen_model(1), task.data_fn, args) for _ in range(task.CLIENTS)]
+    grid = LocalGrid(apps, tmp_path)
+    server = server_app(lambda: frozen_model(2), args, task.CLIENTS, deadline_s=0.5)
+    with pytest.raises(AgreementError, match=r"every node was given another run.*frozen base"):
+        server(grid, Context(1, 1, {}, RecordDict(), {}))
+    assert not (tmp_path / "server" / "model").exists()
+
+
+def test_a_clients_own_exception_is_refused_by_its_node(tmp_path):
+    def broken(client):
+        data = task.data_fn(client)
+        if client != 1:
+            return data
+        return Unreadable(data)
+
+    args = task.arguments(tmp_path / "server")
+    apps = [client_app(task.model_fn, broken, args) for _ in range(task.CLIENTS)]
+    run(tmp_path, apps=apps)
+    assert all(report.refused == ((1, "failed"),) for report in history(tmp_path))
+    assert all(report.dropped == () for report in history(tmp_path))
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        raise OSError("images/7.jpg is damaged")
 
 
 def test_a_duplicate_is_refused_and_the_first_answer_is_used(tmp_path):
