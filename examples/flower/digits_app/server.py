@@ -10,5 +10,5 @@ app = server_app(
     NUM_CLIENTS,
     eval_data_fn=test_set,
     compute_metrics=accuracy,
-    deadline_s=120.0,
+    deadline_s=600.0,
 )
