@@ -220,10 +220,13 @@ class FederatedTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Save the model in place: an adapter folder, a transformers folder, or safetensors.
 
+        Of several processes the first writes, and all go on when it has.
+
         Args:
             output_dir: where to; ``args.output_dir`` by default.
         """
-        write_model(self.model, output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        self._crew.on_main(lambda: write_model(self.model, folder))
 
     def _agree(self, facts: Mapping[str, Any]) -> None:
         """See that all processes were given one run, and start it from one model."""
