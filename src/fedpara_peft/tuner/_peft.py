@@ -27,7 +27,12 @@ from peft.utils.constants import (
     DUMMY_TARGET_MODULES,
     TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key, match_target_against_key
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    get_pattern_key,
+    match_target_against_key,
+)
 from torch import nn
 
 from .errors import ConfigError
@@ -38,6 +43,7 @@ __all__ = [
     "FEDPARA",
     "WRAPPER_PREFIX",
     "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
     "find_minimal_names",
     "get_pattern_key",
     "hook_into_cards",

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from ._peft import (
     WRAPPER_PREFIX,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     is_key_under_prefixes,
     tuner_key_prefixes,
 )
 from .errors import CheckpointError
 from .layer import FedParaLayer
-from .scope import local_tensors, saved_name
+from .names import saved_name
+from .scope import local_tensors
 
 
 def remap_rest(
@@ -69,6 +71,17 @@ def auxiliary_names(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     }
+
+
+def saved_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Tensors of the modules an adapter saves whole, and the same ones before training."""
+    originals = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for key in module.modules_to_save[adapter_name].state_dict():
+                own = f"{saved_name(name)}.modules_to_save.{adapter_name}.{key}"
+                originals[own] = f"{saved_name(name)}.original_module.{key}"
+    return originals
 
 
 def _get_tensor(model: nn.Module, key: str) -> Tensor:

@@ -5,27 +5,28 @@ Nothing is approximated. Where there is no exact form the conversion is refused.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoHaConfig, LoraConfig, PeftType, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..maths.apply import has_low_rank_form, low_rank_form
-from ._peft import WRAPPER_PREFIX
+from ._peft import FEDPARA, WRAPPER_PREFIX, get_pattern_key, is_key_under_prefixes
 from .config import FedParaConfig
 from .conv import Conv
 from .embedding import Embedding
 from .errors import ConversionError
 from .layer import HALF_CONTAINERS, AdapterSpec, FedParaLayer
+from .names import base_names, exact_pattern, saved_name
 from .recurrent import Recurrent
-from .scope import base_name
 
 #: LoHa's factors in the order of ours: X, Y, T of each half.
 _LOHA = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
@@ -52,10 +53,11 @@ def save_as_lora(
 
     Raises:
         ConversionError: the weights are replaced or activated by tanh, pFedPara's local half is
-            missing, or a layer is of a kind that LoRA lacks (recurrent; a convolution with groups,
+            missing, the folder holds another method's adapter, or a layer is of a kind that LoRA lacks (recurrent; a convolution with groups,
             dilation or a padding mode).
     """
-    config = _config_of(model, adapter_name)
+    config = _config_of(model, folder, adapter_name, "save_as_lora")
+    _check_target(folder, PeftType.LORA)
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = []
@@ -79,7 +81,7 @@ def save_as_lora(
             "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) first"
         )
     rank = max(ranks.values())
-    patterns = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    patterns = {exact_pattern(n): r for n, r in ranks.items() if r != rank}
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -109,10 +111,11 @@ def save_as_loha(
 
     Raises:
         ConversionError: not ``parameterization="fedpara"`` without tanh over a frozen base, biases
-            are trained, or a layer is of a kind that LoHa lacks (embedding, recurrent, Conv1D,
+            are trained, the folder holds another method's adapter, or a layer is of a kind that LoHa lacks (embedding, recurrent, Conv1D,
             Conv3d; a convolution with a padding mode).
     """
-    config = _config_of(model, adapter_name)
+    config = _config_of(model, folder, adapter_name, "save_as_loha")
+    _check_target(folder, PeftType.LOHA)
     if config.parameterization != "fedpara" or config.nonlinearity is not None:
         raise ConversionError(
             f"LoHa has no {config.parameterization!r} with nonlinearity={config.nonlinearity!r}: "
@@ -136,8 +139,8 @@ def save_as_loha(
     loha = LoHaConfig(
         r=rank,
         alpha=alpha,
-        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+        rank_pattern={exact_pattern(n): r for n, r in ranks.items() if r != rank},
+        alpha_pattern={exact_pattern(n): a for n, a in alphas.items() if a != alpha},
         target_modules=_targets(model, ranks),
         use_effective_conv2d=config.use_effective_conv2d,
         rank_dropout=config.rank_dropout,
@@ -166,8 +169,10 @@ def loha_to_fedpara(
         The FedPara configuration.
 
     Raises:
-        ConversionError: the folder does not hold a LoHa in safetensors.
+        ConversionError: the source does not hold a LoHa in safetensors, or one that PEFT itself
+            cannot load, or the target holds another method's adapter.
     """
+    _check_target(target, FEDPARA)
     path = Path(source) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise ConversionError(f"no {SAFETENSORS_WEIGHTS_NAME} in {source}: save the LoHa with PEFT")
@@ -187,8 +192,7 @@ def loha_to_fedpara(
     config = FedParaConfig(
         r=loha.r,
         alpha=loha.alpha,
-        rank_pattern=dict(loha.rank_pattern),
-        alpha_pattern=dict(loha.alpha_pattern),
+        **_patterns_of(loha, saved),
         target_modules=loha.target_modules,
         exclude_modules=loha.exclude_modules,
         layers_to_transform=loha.layers_to_transform,
@@ -202,7 +206,43 @@ def loha_to_fedpara(
     return config
 
 
-def _config_of(model: nn.Module, adapter_name: str) -> FedParaConfig:
+def _patterns_of(loha: LoHaConfig, saved: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Rank and alpha of the layers that have their own, as PEFT reads them from the file.
+
+    PEFT takes the first pattern that matches, in the order of the file.
+    """
+    ranks, alphas = {}, {}
+    for key, tensor in saved.items():
+        name, _, factor = key.removeprefix(WRAPPER_PREFIX).rpartition(".")
+        if factor != "hada_w1_b":
+            continue
+        patterns = loha.rank_pattern or {}
+        r = patterns.get(get_pattern_key(list(patterns), name), loha.r)
+        if r != tensor.shape[0]:
+            raise ConversionError(
+                f"{name} has rank {tensor.shape[0]}, and rank {r} by the configuration, of whose "
+                f"patterns {sorted(patterns)} PEFT takes the first: it does not load this LoHa "
+                "either; save it with patterns that do not overlap"
+            )
+        ranks[exact_pattern(name)] = r
+        patterns = loha.alpha_pattern or {}
+        alphas[exact_pattern(name)] = patterns.get(get_pattern_key(list(patterns), name), loha.alpha)
+    return {
+        "rank_pattern": {n: r for n, r in ranks.items() if r != loha.r},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != loha.alpha},
+    }
+
+
+def _config_of(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str, called: str
+) -> FedParaConfig:
+    if not isinstance(model, nn.Module) or not isinstance(adapter_name, str):
+        given = ", ".join(type(a).__name__ for a in (model, folder, adapter_name))
+        raise ConversionError(
+            f"{called}(model, folder, adapter_name='default') was given ({given}): the model goes "
+            "first, and no rank, for the conversion is exact (peft.save_as_lora, which approximates "
+            "one of a given rank, takes path, model, rank)"
+        )
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, FedParaConfig):
@@ -218,9 +258,10 @@ def _config_of(model: nn.Module, adapter_name: str) -> FedParaConfig:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, FedParaLayer, AdapterSpec]]:
+    plain = base_names(model)
     for name, module in model.named_modules():
         if isinstance(module, FedParaLayer) and adapter_name in module.specs:
-            yield base_name(name), module, module.specs[adapter_name]
+            yield plain[name], module, module.specs[adapter_name]
 
 
 def _check_lora_kind(name: str, layer: FedParaLayer) -> None:
@@ -257,7 +298,7 @@ def _targets(model: nn.Module, names: Collection[str]) -> list[str] | str:
     PEFT takes a listed name for every layer whose name ends in it. Where that is one layer too
     many, the names become a regex, which PEFT matches whole.
     """
-    others = {base_name(name) for name, _ in model.named_modules()}.difference(names)
+    others = set(base_names(model).values()).difference(names)
     endings = tuple(f".{name}" for name in names)
     if any(name.endswith(endings) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -321,10 +362,36 @@ def _carried_over(config: Any) -> dict[str, Any]:
 def _rest(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What the adapter saves beside its factors: biases and modules_to_save."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {k: v.contiguous() for k, v in state.items() if ".fedpara_" not in k}
+    factors = {
+        f"{saved_name(name)}.{container}"
+        for name, module in model.named_modules()
+        if isinstance(module, FedParaLayer)
+        for container in module.adapter_layer_names
+    }
+    return {k: v for k, v in state.items() if not is_key_under_prefixes(k, factors)}
 
 
 def _write(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    save_file(state, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    """Write an adapter's two files; safetensors takes contiguous tensors that share no memory."""
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ConversionError("the adapter is on the meta device, which holds no values: load one")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    own = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
+    save_file(own, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _check_target(folder: str | os.PathLike[str], method: PeftType) -> None:
+    """Refuse a folder with another method's adapter: the very one to convert, most likely."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        found = "adapter that cannot be read"
+    if found != method.value:
+        raise ConversionError(
+            f"{folder} holds a {found}, which would be overwritten: give another folder"
+        )

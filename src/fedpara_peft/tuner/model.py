@@ -16,12 +16,19 @@ from ._peft import (
     is_excluded,
     is_key_under_prefixes,
 )
-from .checkpoint import auxiliary_names, fill_local_half, remap_rest, squeeze_cores
+from .checkpoint import (
+    auxiliary_names,
+    fill_local_half,
+    remap_rest,
+    saved_modules,
+    squeeze_cores,
+)
 from .config import FedParaConfig
 from .errors import ReplacedWeightError, TargetError
 from .layer import FedParaLayer
 from .plan import WeightPlan, alpha_for, plan_layer
-from .scope import local_tensors, saved_name
+from .names import saved_name
+from .scope import local_tensors
 from .targets import (
     ancestors,
     base_layer_of,
@@ -228,11 +235,11 @@ class FedParaModel(BaseTuner):
         # PEFT goes on to pick embedding tensors from the same dictionary after this hook, so what
         # must not leave the client is taken out of the dictionary itself.
         whole = dict(state_dict)
+        originals = saved_modules(model, adapter_name)
         for name in map(saved_name, local_tensors(model)):
-            original = name.replace(f".modules_to_save.{adapter_name}.", ".original_module.")
             state_dict.pop(name, None)
-            if original != name:  # PEFT insists on an entry: it gets the one before training
-                state_dict[name] = whole[original]
+            if name in originals:  # PEFT insists on an entry: it gets the one before training
+                state_dict[name] = whole[originals[name]]
         if config.base_weight == "replaced":
             wrapped = auxiliary_names(model)
             return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, wrapped)}
@@ -282,9 +289,9 @@ class FedParaModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         squeeze_cores(model, remapped)
-        for name in local_tensors(model):  # a client keeps its head; see _get_adapter_state_dict
-            if ".modules_to_save." in name:
-                remapped.pop(name, None)
+        # A client keeps its head; see _get_adapter_state_dict.
+        for name in saved_modules(model, adapter_name).keys() & local_tensors(model):
+            remapped.pop(name, None)
         if config.base_weight == "replaced":
             remove = cls._remove_adapter_name_from_key
             remapped = remap_rest(model, adapter_name, remapped, remove)
