@@ -96,9 +96,8 @@ def _specificity(pattern: str, name: str) -> int | None:
     literal = _as_name(pattern)
     if name in (pattern, literal):
         return 1 + name.count(".")
-    if literal is not None:
-        behind_a_dot = not pattern.startswith("^") and name.endswith(f".{literal}")
-        return 1 + literal.count(".") if behind_a_dot else None
+    if literal is not None and not pattern.startswith("^") and name.endswith(f".{literal}"):
+        return 1 + literal.count(".")
     return 0 if re.match(rf"(.*\.)?({pattern})$", name) else None
 
 
