@@ -19,6 +19,7 @@ from ._peft import (
 from .checkpoint import (
     auxiliary_names,
     fill_local_half,
+    give_memory,
     remap_rest,
     saved_modules,
     squeeze_cores,
@@ -313,6 +314,7 @@ class FedParaModel(BaseTuner):
             remapped = remap_rest(model, adapter_name, remapped, remove)
         if config.parameterization == "pfedpara":
             fill_local_half(model, adapter_name, remapped)
+        give_memory(model, remapped)
         return remapped
 
 
