@@ -75,7 +75,8 @@ def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _settings(config: Any) -> dict[str, Any]:
     """What differs from the defaults, and what everyone wants to know."""
     if not isinstance(config, FedParaConfig):
-        return {"r": getattr(config, "r", "-"), "target modules": _listed(config.target_modules)}
+        targets = getattr(config, "target_modules", None)
+        return {"r": getattr(config, "r", "-"), "target modules": _listed(targets)}
     always = ("parameterization", "base_weight", "r", "gamma")
     hidden = {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
@@ -125,7 +126,8 @@ def _split(name: str) -> tuple[str, str]:
 def _rank(own: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
     """Inner ranks of a layer's factors, from their shapes."""
     outer = {half[0] for half in HALF_CONTAINERS}
-    ranks = {shape[-1] for name, (shape, _) in own.items() if name.partition(".")[0] in outer}
+    shapes = [shape for name, (shape, _) in own.items() if name.partition(".")[0] in outer]
+    ranks = {shape[-1] for shape in shapes if shape}
     return ", ".join(map(str, sorted(ranks))) or "-"
 
 

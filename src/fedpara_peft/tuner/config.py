@@ -250,7 +250,9 @@ def _is_array(value: object) -> bool:
 
 
 def _is_one_of(value: object, choices: Iterable[object]) -> bool:
-    return any(value is choice or (isinstance(value, str) and value == choice) for choice in choices)
+    return any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    )
 
 
 def _names(name: str, value: Any, kind: type[set[str]] | type[list[str]]) -> Any:

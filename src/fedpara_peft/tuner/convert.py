@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoHaConfig, LoraConfig, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,8 +54,8 @@ def save_as_lora(
 
     Raises:
         ConversionError: the weights are replaced or activated by tanh, pFedPara's local half is
-            missing, the folder holds another method's adapter, or a layer is of a kind that LoRA lacks (recurrent; a convolution with groups,
-            dilation or a padding mode).
+            missing, the folder holds another method's adapter, or a layer is of a kind that LoRA
+            lacks (recurrent; a convolution with groups, dilation or a padding mode).
     """
     config = _config_of(model, folder, adapter_name, "save_as_lora")
     _check_target(folder, PeftType.LORA)
@@ -111,8 +112,8 @@ def save_as_loha(
 
     Raises:
         ConversionError: not ``parameterization="fedpara"`` without tanh over a frozen base, biases
-            are trained, the folder holds another method's adapter, or a layer is of a kind that LoHa lacks (embedding, recurrent, Conv1D,
-            Conv3d; a convolution with a padding mode).
+            are trained, the folder holds another method's adapter, or a layer is of a kind that
+            LoHa lacks (embedding, recurrent, Conv1D, Conv3d; a convolution with a padding mode).
     """
     config = _config_of(model, folder, adapter_name, "save_as_loha")
     _check_target(folder, PeftType.LOHA)
@@ -179,7 +180,11 @@ def loha_to_fedpara(
     loha = LoHaConfig.from_pretrained(source)
     if not isinstance(loha, LoHaConfig):
         raise ConversionError(f"{source} holds a {loha.peft_type}, not a LoHa")
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise ConversionError(f"{path} cannot be read ({error}): save or fetch it again") from None
+    _check_factors(source, saved)
     state: dict[str, Tensor] = {}
     ours = dict(zip(sum(_LOHA, ()), sum(HALF_CONTAINERS, ()), strict=True))
     for key, tensor in saved.items():
@@ -189,10 +194,12 @@ def loha_to_fedpara(
             continue
         has_core = f"{module}.hada_t1" in saved
         state[f"{module}.{ours[factor]}.weight"] = _from_loha(factor, tensor, has_core)
+    ranks, alphas = _patterns_of(loha, saved)
     config = FedParaConfig(
         r=loha.r,
         alpha=loha.alpha,
-        **_patterns_of(loha, saved),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         target_modules=loha.target_modules,
         exclude_modules=loha.exclude_modules,
         layers_to_transform=loha.layers_to_transform,
@@ -206,7 +213,24 @@ def loha_to_fedpara(
     return config
 
 
-def _patterns_of(loha: LoHaConfig, saved: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _check_factors(source: str | os.PathLike[str], saved: Mapping[str, Tensor]) -> None:
+    layers: dict[str, dict[str, int]] = {}
+    for key, tensor in saved.items():
+        name, _, factor = key.rpartition(".")
+        if factor in sum(_LOHA, ()):
+            layers.setdefault(name, {})[factor] = tensor.dim()
+    if not layers:
+        raise ConversionError(f"{source} has no LoHa factors in it: save the LoHa with PEFT")
+    for name, dims in layers.items():
+        cores = {factor for factor in dims if factor.startswith("hada_t")}
+        whole = len(dims) - len(cores) == 4 and len(cores) in (0, 2)
+        if not whole or any((d < 3) if f in cores else (d != 2) for f, d in dims.items()):
+            raise ConversionError(f"{name}: its factors in {source} are damaged: save it again")
+
+
+def _patterns_of(
+    loha: LoHaConfig, saved: Mapping[str, Tensor]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha of the layers that have their own, as PEFT reads them from the file.
 
     PEFT takes the first pattern that matches, in the order of the file.
@@ -216,21 +240,26 @@ def _patterns_of(loha: LoHaConfig, saved: Mapping[str, Tensor]) -> dict[str, dic
         name, _, factor = key.removeprefix(WRAPPER_PREFIX).rpartition(".")
         if factor != "hada_w1_b":
             continue
-        patterns = loha.rank_pattern or {}
-        r = patterns.get(get_pattern_key(list(patterns), name), loha.r)
+        r = _first_of(loha.rank_pattern, name, loha.r)
         if r != tensor.shape[0]:
             raise ConversionError(
                 f"{name} has rank {tensor.shape[0]}, and rank {r} by the configuration, of whose "
-                f"patterns {sorted(patterns)} PEFT takes the first: it does not load this LoHa "
-                "either; save it with patterns that do not overlap"
+                f"patterns {sorted(loha.rank_pattern or {})} PEFT takes the first: it does not load "
+                "this LoHa either; save it with patterns that do not overlap"
             )
         ranks[exact_pattern(name)] = r
-        patterns = loha.alpha_pattern or {}
-        alphas[exact_pattern(name)] = patterns.get(get_pattern_key(list(patterns), name), loha.alpha)
-    return {
-        "rank_pattern": {n: r for n, r in ranks.items() if r != loha.r},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != loha.alpha},
-    }
+        alphas[exact_pattern(name)] = _first_of(loha.alpha_pattern, name, loha.alpha)
+    return (
+        {n: r for n, r in ranks.items() if r != loha.r},
+        {n: a for n, a in alphas.items() if a != loha.alpha},
+    )
+
+
+def _first_of(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    try:
+        return (patterns or {}).get(get_pattern_key(list(patterns or {}), name), default)
+    except re.error as error:
+        raise ConversionError(f"{patterns} has a pattern that is no regex ({error})") from None
 
 
 def _config_of(
@@ -240,8 +269,8 @@ def _config_of(
         given = ", ".join(type(a).__name__ for a in (model, folder, adapter_name))
         raise ConversionError(
             f"{called}(model, folder, adapter_name='default') was given ({given}): the model goes "
-            "first, and no rank, for the conversion is exact (peft.save_as_lora, which approximates "
-            "one of a given rank, takes path, model, rank)"
+            "first, and no rank, for the conversion is exact (peft.save_as_lora, which approximates, "
+            "takes path, model, rank)"
         )
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)

@@ -25,10 +25,16 @@ from .checkpoint import (
     squeeze_cores,
 )
 from .config import FedParaConfig
-from .errors import CheckpointError, ConfigError, ReplacedWeightError, TargetError, UnsupportedMethodError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    ReplacedWeightError,
+    TargetError,
+    UnsupportedMethodError,
+)
 from .layer import FedParaLayer
-from .plan import WeightPlan, alpha_for, plan_layer
 from .names import saved_name
+from .plan import WeightPlan, alpha_for, plan_layer
 from .scope import local_tensors
 from .targets import (
     ancestors,
@@ -40,7 +46,6 @@ from .targets import (
     supported_class,
     warn_of_unmatched_names,
 )
-
 
 #: Methods of PEFT's LoRA that nobody else has, and what to do instead.
 _INSTEAD_OF = {
@@ -324,13 +329,13 @@ def _refuse_to_save_factors(config: FedParaConfig) -> None:
         caught = [c for c in FedParaLayer.adapter_layer_names if c.endswith(name)]
         if caught:
             raise ConfigError(
-                f"modules_to_save has {name!r}, and PEFT would save the factors {caught[0]!r} whole, "
+                f"modules_to_save has {name!r}, and PEFT would save {caught[0]!r} whole, the factors, "
                 f"whose name ends in it: give more of the dotted name, as in 'parent.{name}'"
             )
 
 
 def _refuse_lost_layers(model: nn.Module, adapter_name: str, others: list[str]) -> None:
-    """PEFT takes a module named as another adapter for a part of that adapter, and leaves it out."""
+    """PEFT takes a module named as another adapter for a part of that one, and leaves it out."""
     for name, module in model.named_modules():
         if isinstance(module, FedParaLayer) and adapter_name in module.specs:
             taken = set(others).intersection(name.split("."))

@@ -11,8 +11,8 @@ from torch import nn
 from ..maths.compose import reachable_rank
 from ._peft import is_key_under_prefixes
 from .layer import FedParaLayer
-from .plan import WeightPlan
 from .names import base_names
+from .plan import WeightPlan
 from .scope import Scope, tensor_scopes
 
 
@@ -103,7 +103,8 @@ def fedpara_summary(model: nn.Module, adapter_name: str | None = None) -> Summar
     scopes = tensor_scopes(model)
     parameters = dict(model.named_parameters())
     plain = base_names(model)
-    rows, factors = [], set()
+    rows: list[SummaryRow] = []
+    factors: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(module, FedParaLayer):
             continue

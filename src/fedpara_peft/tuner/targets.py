@@ -13,7 +13,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ._peft import DEFAULT_TARGETS, DUMMY_TARGET_MODULES, find_minimal_names, quantization_backend_of, resolve_all_linear
+from ._peft import (
+    DEFAULT_TARGETS,
+    DUMMY_TARGET_MODULES,
+    find_minimal_names,
+    quantization_backend_of,
+    resolve_all_linear,
+)
 from .config import ALL_SUPPORTED, HEAD_TASKS, FedParaConfig
 from .conv import Conv
 from .embedding import Embedding
@@ -51,7 +57,10 @@ def _own_use_of_weight(module: nn.Module) -> str | None:
     """How a layer does something else than to use the weight it holds; None if it does not."""
     classes = tuple(cls for kinds, _ in LAYER_KINDS for cls in kinds)
     if is_parametrized(module):
-        return "a parametrization computes it; remove_parametrizations of torch.nn.utils.parametrize ends that"
+        return (
+            "a parametrization computes it; remove_parametrizations of torch.nn.utils.parametrize "
+            "ends that"
+        )
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "it is lazy and has none yet; run a batch through the model first"
     if isinstance(module, classes) and (computed := _computed(module, "weight")):
@@ -124,7 +133,8 @@ def warn_of_unmatched_names(config: FedParaConfig, model: nn.Module) -> None:
         # PEFT takes modules_to_save by the end of a name, whole parts or not.
         ends = "" if field == "modules_to_save" else "."
         unmatched = [
-            one for one in sorted(set(listed) - _from_peft(config, model, field))
+            one
+            for one in sorted(set(listed) - _from_peft(config, model, field))
             if not any(name == one or name.endswith(f"{ends}{one}") for name in plain)
         ]
         if unmatched and (field == "modules_to_save" or len(unmatched) < len(listed)):
@@ -138,7 +148,7 @@ def _from_peft(config: FedParaConfig, model: nn.Module, field: str) -> set[str]:
     """Names that PEFT fills in for kinds of models or tasks, whether this model has them or not."""
     if field == "target_modules":
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        defaults = set(DEFAULT_TARGETS.get(kind, ()))
+        defaults = set(DEFAULT_TARGETS.get(str(kind), ()))
         return defaults if defaults == set(config.target_modules or ()) else set()
     if field == "modules_to_save" and config.task_type in HEAD_TASKS:
         return {"classifier", "score", "qa_outputs"}
@@ -192,8 +202,8 @@ def check_replaceable(
         )
     if computed := _computed(base_layer, "bias"):
         raise UnsupportedLayerError(
-            f"{key} cannot have its weight replaced: {_by_hook(base_layer, computed[0])}. Or put it "
-            "into exclude_modules"
+            f"{key} cannot have its weight replaced: {_by_hook(base_layer, computed[0])}; or put "
+            "it into exclude_modules"
         )
     layer_cls.check_replaceable(base_layer, key)
 
