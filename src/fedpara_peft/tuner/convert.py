@@ -1,4 +1,4 @@
-"""Exact conversions: FedPara to LoRA, FedPara to LoHa, LoHa to FedPara.
+"""Exact conversions of FedPara adapters to LoRA and LoHa; back from LoHa: ``from_loha.py``.
 
 Nothing is approximated. Where there is no exact form the conversion is refused.
 """
@@ -8,29 +8,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoHaConfig, LoraConfig, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..maths.apply import has_low_rank_form, low_rank_form
-from ._peft import FEDPARA, WRAPPER_PREFIX, get_pattern_key, is_key_under_prefixes
+from ._peft import WRAPPER_PREFIX, is_key_under_prefixes
 from .config import FedParaConfig
 from .conv import Conv
 from .embedding import Embedding
 from .errors import ConversionError
-from .layer import HALF_CONTAINERS, AdapterSpec, FedParaLayer
+from .layer import AdapterSpec, FedParaLayer
 from .names import base_names, exact_pattern, saved_name
 from .recurrent import Recurrent
 
 #: LoHa's factors in the order of ours: X, Y, T of each half.
-_LOHA = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
+LOHA_FACTORS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 _INSTEAD = "put it into exclude_modules before training, or use merge_and_unload() instead"
 
 
@@ -58,7 +57,7 @@ def save_as_lora(
             lacks (recurrent; a convolution with groups, dilation or a padding mode).
     """
     config = _config_of(model, folder, adapter_name, "save_as_lora")
-    _check_target(folder, PeftType.LORA)
+    check_target(folder, PeftType.LORA)
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = []
@@ -91,16 +90,17 @@ def save_as_lora(
         target_modules=_targets(model, ranks),
         bias={"fedpara_only": "lora_only"}.get(config.bias, config.bias),
         fan_in_fan_out=any(transposed),
-        **_carried_over(config),
+        **carried_over(config),
     )
-    _write(folder, lora, {**state, **_rest(model, adapter_name)})
+    write_adapter(folder, lora, {**state, **_rest(model, adapter_name)})
     return lora
 
 
 def save_as_loha(
     model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default"
 ) -> LoHaConfig:
-    """Write an adapter as the PEFT LoHa that it exactly is; inverse of :func:`loha_to_fedpara`.
+    """Write an adapter as the PEFT LoHa that it exactly is; inverse of
+    :func:`~.from_loha.loha_to_fedpara`.
 
     Args:
         model: a model with FedPara adapters over a frozen base.
@@ -116,7 +116,7 @@ def save_as_loha(
             LoHa lacks (embedding, recurrent, Conv1D, Conv3d; a convolution with a padding mode).
     """
     config = _config_of(model, folder, adapter_name, "save_as_loha")
-    _check_target(folder, PeftType.LOHA)
+    check_target(folder, PeftType.LOHA)
     if config.parameterization != "fedpara" or config.nonlinearity is not None:
         raise ConversionError(
             f"LoHa has no {config.parameterization!r} with nonlinearity={config.nonlinearity!r}: "
@@ -132,7 +132,7 @@ def save_as_loha(
         _check_padding_mode(name, base, "LoHa")
         ranks[name] = spec.plans["weight"].r
         alphas[name] = layer.scale_of(adapter_name) * ranks[name]
-        for half, names in zip(layer.halves(adapter_name), _LOHA, strict=True):
+        for half, names in zip(layer.halves(adapter_name), LOHA_FACTORS, strict=True):
             for key, factor in zip(names, _to_loha(half.x, half.y, half.t), strict=True):
                 if factor is not None:
                     state[f"{WRAPPER_PREFIX}{name}.{key}"] = factor
@@ -146,120 +146,10 @@ def save_as_loha(
         use_effective_conv2d=config.use_effective_conv2d,
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
-        **_carried_over(config),
+        **carried_over(config),
     )
-    _write(folder, loha, {**state, **_rest(model, adapter_name)})
+    write_adapter(folder, loha, {**state, **_rest(model, adapter_name)})
     return loha
-
-
-def loha_to_fedpara(
-    source: str | os.PathLike[str], target: str | os.PathLike[str]
-) -> FedParaConfig:
-    """Rewrite a PEFT LoHa folder as the FedPara folder that it exactly is; no model is needed.
-
-    Two things are not in a LoHa's folder. A convolution with a ``padding_mode``: PEFT's LoHa pads
-    its own part with zeros there until it is merged, FedPara pads as the layer does, so the result
-    is the merged LoHa. And what training goes on with: FedPara divides what ``rank_dropout`` keeps
-    by ``1 - rank_dropout``, PEFT's LoHa by the share that was kept.
-
-    Args:
-        source: folder with a LoHa's ``adapter_config.json`` and ``adapter_model.safetensors``.
-        target: where to write the FedPara adapter.
-
-    Returns:
-        The FedPara configuration.
-
-    Raises:
-        ConversionError: the source does not hold a LoHa in safetensors, or one that PEFT itself
-            cannot load, or the target holds another method's adapter.
-    """
-    _check_target(target, FEDPARA)
-    path = Path(source) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ConversionError(f"no {SAFETENSORS_WEIGHTS_NAME} in {source}: save the LoHa with PEFT")
-    loha = LoHaConfig.from_pretrained(source)
-    if not isinstance(loha, LoHaConfig):
-        raise ConversionError(f"{source} holds a {loha.peft_type}, not a LoHa")
-    try:
-        saved = load_file(path)
-    except SafetensorError as error:
-        raise ConversionError(f"{path} cannot be read ({error}): save or fetch it again") from None
-    _check_factors(source, saved)
-    state: dict[str, Tensor] = {}
-    ours = dict(zip(sum(_LOHA, ()), sum(HALF_CONTAINERS, ()), strict=True))
-    for key, tensor in saved.items():
-        module, _, factor = key.rpartition(".")
-        if factor not in ours:
-            state[key] = tensor
-            continue
-        has_core = f"{module}.hada_t1" in saved
-        state[f"{module}.{ours[factor]}.weight"] = _from_loha(factor, tensor, has_core)
-    ranks, alphas = _patterns_of(loha, saved)
-    config = FedParaConfig(
-        r=loha.r,
-        alpha=loha.alpha,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        target_modules=loha.target_modules,
-        exclude_modules=loha.exclude_modules,
-        layers_to_transform=loha.layers_to_transform,
-        layers_pattern=loha.layers_pattern,
-        use_effective_conv2d=loha.use_effective_conv2d,
-        rank_dropout=loha.rank_dropout,
-        module_dropout=loha.module_dropout,
-        **_carried_over(loha),
-    )
-    _write(target, config, state)
-    return config
-
-
-def _check_factors(source: str | os.PathLike[str], saved: Mapping[str, Tensor]) -> None:
-    layers: dict[str, dict[str, int]] = {}
-    for key, tensor in saved.items():
-        name, _, factor = key.rpartition(".")
-        if factor in sum(_LOHA, ()):
-            layers.setdefault(name, {})[factor] = tensor.dim()
-    if not layers:
-        raise ConversionError(f"{source} has no LoHa factors in it: save the LoHa with PEFT")
-    for name, dims in layers.items():
-        cores = {factor for factor in dims if factor.startswith("hada_t")}
-        whole = len(dims) - len(cores) == 4 and len(cores) in (0, 2)
-        if not whole or any((d < 3) if f in cores else (d != 2) for f, d in dims.items()):
-            raise ConversionError(f"{name}: its factors in {source} are damaged: save it again")
-
-
-def _patterns_of(
-    loha: LoHaConfig, saved: Mapping[str, Tensor]
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha of the layers that have their own, as PEFT reads them from the file.
-
-    PEFT takes the first pattern that matches, in the order of the file.
-    """
-    ranks, alphas = {}, {}
-    for key, tensor in saved.items():
-        name, _, factor = key.removeprefix(WRAPPER_PREFIX).rpartition(".")
-        if factor != "hada_w1_b":
-            continue
-        r = _first_of(loha.rank_pattern, name, loha.r)
-        if r != tensor.shape[0]:
-            raise ConversionError(
-                f"{name} has rank {tensor.shape[0]}, and rank {r} by the configuration, of whose "
-                f"patterns {sorted(loha.rank_pattern or {})} PEFT takes the first: it does not load "
-                "this LoHa either; save it with patterns that do not overlap"
-            )
-        ranks[exact_pattern(name)] = r
-        alphas[exact_pattern(name)] = _first_of(loha.alpha_pattern, name, loha.alpha)
-    return (
-        {n: r for n, r in ranks.items() if r != loha.r},
-        {n: a for n, a in alphas.items() if a != loha.alpha},
-    )
-
-
-def _first_of(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    try:
-        return (patterns or {}).get(get_pattern_key(list(patterns or {}), name), default)
-    except re.error as error:
-        raise ConversionError(f"{patterns} has a pattern that is no regex ({error})") from None
 
 
 def _config_of(
@@ -269,8 +159,8 @@ def _config_of(
         given = ", ".join(type(a).__name__ for a in (model, folder, adapter_name))
         raise ConversionError(
             f"{called}(model, folder, adapter_name='default') was given ({given}): the model goes "
-            "first, and no rank, for the conversion is exact (peft.save_as_lora, which approximates, "
-            "takes path, model, rank)"
+            "first, and no rank, for the conversion is exact; peft.save_as_lora(path, model, rank) "
+            "approximates"
         )
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
@@ -371,15 +261,8 @@ def _to_loha(x: Tensor, y: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Te
     return x.T.contiguous(), y.T.contiguous(), core.clone()
 
 
-def _from_loha(factor: str, tensor: Tensor, has_core: bool) -> Tensor:
-    if factor.startswith("hada_t"):
-        return tensor.contiguous()  # a Conv1d's core is k x 1 here; loading knows the layer
-    if factor.endswith("_b") or has_core:
-        return tensor.T.contiguous()
-    return tensor.contiguous()
-
-
-def _carried_over(config: Any) -> dict[str, Any]:
+def carried_over(config: Any) -> dict[str, Any]:
+    """Settings that every method has."""
     return {
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -400,7 +283,7 @@ def _rest(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not is_key_under_prefixes(k, factors)}
 
 
-def _write(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
+def write_adapter(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
     """Write an adapter's two files; safetensors takes contiguous tensors that share no memory."""
     if any(tensor.is_meta for tensor in state.values()):
         raise ConversionError("the adapter is on the meta device, which holds no values: load one")
@@ -411,7 +294,7 @@ def _write(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]
     save_file(own, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def _check_target(folder: str | os.PathLike[str], method: PeftType) -> None:
+def check_target(folder: str | os.PathLike[str], method: PeftType) -> None:
     """Refuse a folder with another method's adapter: the very one to convert, most likely."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():

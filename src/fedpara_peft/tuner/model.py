@@ -107,6 +107,7 @@ class FedParaModel(BaseTuner):
             if replaced:
                 check_replaceable(layer_cls, base_layer, key, shared)
             layer_cls.check_compute_path(base_layer, key, peft_config.compute_path)
+            alpha_for(peft_config, key)
             factorized += bool(plan_layer(peft_config, key, layer_cls.weights_of(base_layer)))
         if matched and not factorized:
             raise TargetError(
@@ -329,8 +330,8 @@ def _refuse_to_save_factors(config: FedParaConfig) -> None:
         caught = [c for c in FedParaLayer.adapter_layer_names if c.endswith(name)]
         if caught:
             raise ConfigError(
-                f"modules_to_save has {name!r}, and PEFT would save {caught[0]!r} whole, the factors, "
-                f"whose name ends in it: give more of the dotted name, as in 'parent.{name}'"
+                f"modules_to_save has {name!r}, and PEFT would take the factors {caught[0]!r} for "
+                f"it, whose name ends so: give more of the dotted name, as in 'parent.{name}'"
             )
 
 
