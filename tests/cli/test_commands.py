@@ -450,8 +450,9 @@ REPORTS = {
         for field, values in {
             "round": ("x", None, [1]), "train_loss": ("x", [1], {}),
             "metrics": (None, [1], {"a": "b"}), "uplink_bytes": ("x", None),
-            "seconds": (None, "x"), "refused": ("x", 3, [[1, 2]]),
-            "client_metrics": (None, "x", {"a": ["b"]}), "epsilon": ("x",), "cohort": (None, ["a"]),
+            "seconds": (None, "x"), "refused": ("x", 3, [[1, 2]], [[None, "norm"]]),
+            "client_metrics": (None, "x", {"a": ["b"]}, {"a": [["c", "d"]]}), "epsilon": ("x",),
+            "cohort": (None, [None]),
         }.items()
         for value in values
     },

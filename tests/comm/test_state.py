@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from tests.zoo import Net, adapted, mlp, net_inputs, randomize
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fedpara_peft import (
+    FederatedArguments,
+    FederatedTrainer,
     StateError,
     TargetError,
     communicated_state,
@@ -19,6 +22,7 @@ from fedpara_peft import (
     local_state,
     save_local,
 )
+from fedpara_peft.comm.state import save_tensors
 from fedpara_peft.federation.state import ClientState
 from fedpara_peft.federation.store import DiskStore
 
@@ -222,3 +226,40 @@ def test_a_clients_own_files_are_read_as_a_local_half(tmp_path, base_weight):
     (tmp_path / "bad").write_bytes(b"none")
     with pytest.raises(StateError, match="bad is no safetensors file"):
         load_local(model, tmp_path / "bad")
+
+
+def test_a_model_of_shared_expanded_and_overlapping_tensors_is_written_whole(tmp_path):
+    source = Buffers()
+    source.b.weight.data = source.b.weight.data.T.contiguous().T
+    save_tensors(source, tmp_path / "model.safetensors")
+    saved, state = load_file(tmp_path / "model.safetensors"), source.state_dict()
+    assert state.keys() - saved.keys() == {"b.again"}
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+def test_a_model_of_tied_weights_is_read_by_safetensors_own_load_model(tmp_path):
+    def tied(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+        model[1].weight = model[0].weight
+        return model
+
+    source, target = tied(0), tied(1)
+    save_tensors(source, tmp_path / "model.safetensors")
+    load_model(target, tmp_path / "model.safetensors")
+    assert target[1].weight is target[0].weight
+    assert all(torch.equal(b, target.state_dict()[a]) for a, b in source.state_dict().items())
+
+
+def test_a_run_of_a_model_with_buffers_of_every_layout_is_saved(tmp_path):
+    """Bool and complex buffers apart: those need payloads that hold them."""
+    model = Buffers()
+    for name in ("mask", "phase"):
+        delattr(model, name)
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
+    args = FederatedArguments(str(tmp_path), num_rounds=1, save_every=1, disable_tqdm=True)
+    trainer = FederatedTrainer(model, args, [data, data])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "plain"))
+    saved = load_file(tmp_path / "plain/model.safetensors")
+    assert all(torch.equal(saved[name], model.state_dict()[name]) for name in saved)

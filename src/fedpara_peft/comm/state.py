@@ -94,9 +94,7 @@ def save_local(
         raise StateError("the local half is on the meta device, which holds no values: load one")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    # Contiguous, each with memory of its own, as safetensors asks for.
-    own = {n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}
-    save_file(own, path / LOCAL_WEIGHTS_NAME)
+    save_file(_with_own_memory(state), path / LOCAL_WEIGHTS_NAME)
     return path / LOCAL_WEIGHTS_NAME
 
 
@@ -152,6 +150,26 @@ def _is_client_state(file: Path, state: State) -> bool:
     return file.name != LOCAL_WEIGHTS_NAME and all(
         "/" in name and _GROUP.fullmatch(name.partition("/")[0]) for name in state
     )
+
+
+def save_tensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write ``model.state_dict()`` as safetensors, whatever its memory is like.
+
+    A tensor that modules share is written once, and the other names go into the file's metadata: so
+    does safetensors' ``save_model``, whose ``load_model`` reads the file. That function refuses
+    expanded tensors and views of one another, which are written in full here.
+    """
+    kept: dict[tuple[object, ...], str] = {}
+    state: State = {}
+    metadata = {"format": "pt"}
+    for name, tensor in model.state_dict().items():
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        first = kept.setdefault(where, name) if tensor.numel() else name
+        if first == name:
+            state[name] = tensor
+        else:
+            metadata[name] = first
+    save_file(_with_own_memory(state), path, metadata=metadata)
 
 
 def join_groups(groups: Mapping[str, Mapping[str, Tensor]]) -> State:
@@ -213,3 +231,8 @@ def _load(target: State, state: Mapping[str, Tensor], which: str) -> None:
 
 def _is_expanded(tensor: Tensor) -> bool:
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _with_own_memory(state: State) -> State:
+    """Contiguous copies, each in memory of its own, as safetensors asks for."""
+    return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
