@@ -60,6 +60,7 @@ from .tuner.errors import (
     ReplacedWeightError,
     TargetError,
     UnsupportedLayerError,
+    UnsupportedMethodError,
 )
 
 __version__ = "0.1.0"
@@ -101,6 +102,7 @@ __all__ = [
     "Strategy",
     "TargetError",
     "UnsupportedLayerError",
+    "UnsupportedMethodError",
     "accuracy",
     "communicated_state",
     "composed_weights",

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,8 +11,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from peft import LoHaConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tests.zoo import randomize
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -307,3 +308,178 @@ def test_as_a_process_that_imports_quickly(base):
     assert "\nfedpara: `r` should be" in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr
     assert float(done.stdout) < 0.3  # beyond what importing peft takes
+
+
+# Damaged and foreign folders.
+
+
+def _config(**changes):
+    def damage(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def _text(text):
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def _tensors(change):
+    def damage(folder):
+        path = folder / "adapter_model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return damage
+
+
+def _cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+DAMAGE = {
+    "rank is a text": _config(r="8"),
+    "rank is another": _config(r=3),
+    "unknown choice": _config(base_weight="x"),
+    "another method": _config(peft_type="NOPE"),
+    "no method": _config(peft_type=None),
+    "method is a list": _config(peft_type=[1]),
+    "targets are a number": _config(target_modules=5),
+    "targets match nothing": _config(target_modules=["zz"]),
+    "targets are missing": _config(target_modules=None),
+    "pattern is no regex": _config(rank_pattern={"[": 3}),
+    "scale is not finite": _config(alpha=float("nan")),
+    "empty configuration": _text(""),
+    "configuration is a list": _text("[]"),
+    "configuration is null": _text("null"),
+    "file is cut off": _cut,
+    "no tensors": _tensors(lambda state: {}),
+    "half of the tensors": _tensors(lambda state: dict(list(state.items())[:9])),
+    "tensors of another model": _tensors(lambda state: {f"x.{k}": v for k, v in state.items()}),
+    "flat tensors": _tensors(lambda state: {k: v.flatten() for k, v in state.items()}),
+    "scalars": _tensors(lambda state: {k: v.sum() for k, v in state.items()}),
+    "cut tensors": _tensors(lambda state: {k: v[:1].clone() for k, v in state.items()}),
+    "tensors are not finite": _tensors(lambda state: {k: v * torch.nan for k, v in state.items()}),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound")
+    adapter(base, folder / "frozen")
+    adapter(base, folder / "replaced", base_weight="replaced")
+    return folder
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("source", ["frozen", "replaced"])
+def test_a_damaged_adapter_is_refused_in_one_line(base, sound, tmp_path, capsys, source, kind):
+    shutil.copytree(sound / source, tmp_path / "a")
+    DAMAGE[kind](tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a")]) in (0, 2)
+    argv = ["merge", tmp_path / "a", "--base", base, "--output", tmp_path / "merged"]
+    refused(capsys, *argv)
+    assert not (tmp_path / "merged").exists()
+    refused(capsys, "convert", "--to", "lora", tmp_path / "a", tmp_path / "lora", "--base", base)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": -4}, "makes no model"),
+        ({"hidden_size": "64"}, "no configuration that transformers knows|makes no model"),
+        ({"num_attention_heads": 0}, "no configuration that transformers knows|makes no model"),
+        ({"architectures": "Llama"}, None),
+        ({"architectures": ["LlamaConfig", "Nope"]}, None),
+    ],
+)
+def test_a_base_that_is_none_is_refused_in_one_line(base, tmp_path, capsys, changes, says):
+    config = {**json.loads((base / "config.json").read_text()), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if says is None:  # no class of models is named: a bare model is planned
+        assert main(["plan", str(tmp_path)]) == 0
+        assert "LlamaModel" in capsys.readouterr().out
+        return
+    assert re.search(says, refused(capsys, "plan", tmp_path))
+
+
+def test_damaged_weights_of_a_base(base, sound, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "b")
+    argv = ["merge", sound / "frozen", "--base", tmp_path / "b", "--output", tmp_path / "m"]
+    (tmp_path / "b/model.safetensors").write_bytes(b"none")
+    assert "b cannot be loaded" in refused(capsys, *argv)
+    (tmp_path / "b/model.safetensors").unlink()
+    assert "a folder that transformers saved" in refused(capsys, *argv)
+
+
+def test_adapters_of_other_methods(base, tmp_path, capsys):
+    for name, config in (
+        ("lora", LoraConfig(r=2, target_modules=["q_proj"])),
+        ("prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    ):
+        model = get_peft_model(LlamaForCausalLM(LlamaConfig(**CONFIG)), config)
+        model.save_pretrained(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        argv = ["convert", "--to", "lora", tmp_path / name, tmp_path / "x", "--base", base]
+        assert "only FedPara and LoHa adapters convert" in refused(capsys, *argv)
+        argv = ["merge", tmp_path / name, "--base", base, "--output", tmp_path / "x"]
+        assert "merge it with PEFT itself" in refused(capsys, *argv)
+    assert "holds no adapter" in refused(capsys, "inspect", base)
+
+
+def test_inspect_of_modules_named_as_factors_are(tmp_path, capsys):
+    plain = nn.ModuleDict({"base_layer2": nn.Linear(6, 6), "fedpara_head": nn.Linear(6, 2)})
+    config = FedParaConfig(r=1, base_weight="replaced", target_modules=["base_layer2"])
+    get_peft_model(plain, config).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^base_layer2 +1 +5 ", out, re.M)  # four factors and the bias
+    assert re.search(r"^fedpara_head +- +2 ", out, re.M)
+
+
+REPORTS = {
+    "a number": 3,
+    "an object": {},
+    "numbers": [1, 2],
+    "no rounds": [],
+    **{
+        f"{field} is {value!r}": [(field, value)]
+        for field, values in {
+            "round": ("x", None, [1]), "train_loss": ("x", [1], {}),
+            "metrics": (None, [1], {"a": "b"}), "uplink_bytes": ("x", None),
+            "seconds": (None, "x"), "refused": ("x", 3, [[1, 2]], [[None, "norm"]]),
+            "client_metrics": (None, "x", {"a": ["b"]}, {"a": [["c", "d"]]}), "epsilon": ("x",),
+            "cohort": (None, [None]),
+        }.items()
+        for value in values
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_a_report_on_a_damaged_history_is_refused_in_one_line(tmp_path, capsys, kind):
+    row = {
+        "round": 1, "cohort": [0], "train_loss": 0.5, "metrics": {"eval_loss": 0.4},
+        "uplink_bytes": 10, "downlink_bytes": 10, "header_bytes": 2, "seconds": 0.1, "dropped": [],
+        "refused": [], "client_metrics": {}, "averaging_bias": None, "epsilon": None,
+        "slowest_client_s": None,
+    }  # fmt: skip
+    history = REPORTS[kind]
+    if isinstance(history, list) and history and isinstance(history[0], tuple):
+        history = [{**row, **dict(history)}]
+    (tmp_path / "history.json").write_text(json.dumps(history))
+    refused(capsys, "report", tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    (tmp_path / "history.json").write_text(json.dumps([row]))
+    assert main(["report", str(tmp_path)]) == 0
+
+
+def test_a_report_on_damaged_settings_and_checkpoints(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    for state in ({}, [], None, {"rounds": 3}, {"rounds": [1]}):
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        refused(capsys, "report", tmp_path)

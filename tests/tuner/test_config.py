@@ -4,8 +4,10 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
+from tests.zoo import mlp
 from torch import nn
 
 from fedpara_peft import ConfigError, FedParaConfig, FedParaError
@@ -27,6 +29,32 @@ from fedpara_peft import ConfigError, FedParaConfig, FedParaError
         ({"init_weights": "gaussian"}, "init_weights must be True or False"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, "target_modules as a list"),
         ({"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+        ({"gamma": "0.1"}, "gamma must be a finite number, got '0.1'"),
+        ({"gamma": float("nan")}, "gamma must be a finite number, got nan"),
+        ({"r": "8"}, "r must be an integer, got '8'"),
+        ({"r": True}, "r must be an integer, got True"),
+        ({"r": 8.0}, "r must be an integer, got 8.0"),
+        ({"r": None}, "r must be an integer, got None"),
+        ({"r": np.array([3])}, "r must be an integer"),
+        ({"alpha": "16"}, "alpha must be a finite number, got '16'"),
+        ({"alpha": float("inf")}, "alpha must be a finite number, got inf"),
+        ({"alpha": True}, "alpha must be a finite number, got True"),
+        ({"rank_dropout": "0.1"}, "rank_dropout must be a finite number"),
+        ({"module_dropout": float("nan")}, "module_dropout must be a finite number"),
+        ({"use_effective_conv2d": "no"}, "use_effective_conv2d must be True or False"),
+        ({"base_weight": ["frozen"]}, "base_weight must be one of"),
+        ({"rank_pattern": {"a": "3"}}, r"rank_pattern\['a'\] must be an integer, got '3'"),
+        ({"rank_pattern": {"a": 2.5}}, r"rank_pattern\['a'\] must be an integer, got 2.5"),
+        ({"rank_pattern": ["a"]}, "rank_pattern must map"),
+        ({"rank_pattern": {"a[": 3}}, r"rank_pattern has 'a\[', which is neither"),
+        ({"alpha_pattern": {"a": float("nan")}}, r"alpha_pattern\['a'\] must be a finite"),
+        ({"alpha_pattern": {"a": None}}, r"alpha_pattern\['a'\] must be a finite"),
+        ({"target_modules": 5}, "target_modules must be names or a text, got 5"),
+        ({"exclude_modules": ["a", 3]}, "exclude_modules must be names"),
+        ({"local_modules": [None]}, "local_modules must be names"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
+        ({"layers_to_transform": [1, "2"]}, "layers_to_transform must be an integer, got '2'"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be an integer, got '1'"),
         ({"base_weight": "replaced", "alpha": 4}, "alpha=4 has no meaning.*leave alpha out"),
         ({"base_weight": "replaced", "alpha_pattern": {"a": 2}}, "alpha_pattern=.* no meaning"),
         ({"base_weight": "replaced", "modules_to_save": ["a"]}, "trained and saved already"),
@@ -39,7 +67,47 @@ def test_refusals(fields, says):
     with pytest.raises(ConfigError, match=says) as caught:
         FedParaConfig(**fields)
     assert isinstance(caught.value, FedParaError)
+    assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_numbers_and_collections_of_other_libraries_are_saved_as_pythons(tmp_path):
+    config = FedParaConfig(
+        r=np.int64(4), gamma=np.float32(0.25), alpha=np.float64(3), rank_pattern={"a": np.int32(2)},
+        alpha_pattern={"a": np.float32(0.5)}, target_modules=("a", "b"),
+        layers_to_transform=range(2),
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    again = FedParaConfig.from_pretrained(tmp_path)
+    assert again == config
+    assert (again.r, again.gamma, again.alpha) == (4, 0.25, 3.0)
+    assert again.target_modules == {"a", "b"}
+    assert again.layers_to_transform == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [
+        ("target_modules", ["0", "typo"]),
+        ("exclude_modules", ["2", "typo"]),
+        ("modules_to_save", ["2", "typo"]),
+        ("modules_to_save", ["typo"]),
+        ("local_modules", ["2", "typo"]),
+    ],
+)
+def test_a_name_that_matches_nothing_is_named_once(field, names):
+    config = FedParaConfig(**{"r": 2, "target_modules": ["0"], field: names})
+    with pytest.warns(UserWarning, match=f"{field} has names that match no module: 'typo'") as seen:
+        get_peft_model(mlp(norm=False), config)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_named_once(field):
+    config = FedParaConfig(r=2, target_modules=["0"], **{field: {"0": 3, "typo": 3}})
+    with pytest.warns(RuntimeWarning, match=f"{field} keys did not match.*'typo'") as seen:
+        get_peft_model(mlp(norm=False), config)
+    assert len(seen) == 1
 
 
 def test_save_and_load(tmp_path):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tests.zoo import Net, adapted, mlp, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -220,3 +221,53 @@ def test_kinds_that_loha_lacks_and_folders_that_are_none(tmp_path):
         save_as_loha(adapted(nn.Sequential(nn.Embedding(9, 8)), base_weight="frozen"), tmp_path)
     with pytest.raises(ConversionError, match=r"no adapter_model.safetensors"):
         loha_to_fedpara(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.parametrize("save", [save_as_lora, save_as_loha])
+def test_a_call_in_the_order_of_pefts_own_save_as_lora(tmp_path, save):
+    model = adapted(mlp(norm=False), base_weight="frozen")
+    for arguments in ((tmp_path / "x", model, 8), (tmp_path / "x", model), (model, "x", 8)):
+        with pytest.raises(ConversionError, match=rf"{save.__name__}\(model, folder.*model goes"):
+            save(*arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_conversion_onto_its_own_source_is_refused(tmp_path):
+    model = randomize(adapted(nn.Sequential(nn.Linear(9, 8)), base_weight="frozen"))
+    model.save_pretrained(tmp_path / "ours")
+    save_as_loha(model, tmp_path / "loha")
+    (tmp_path / "link").symlink_to(tmp_path / "loha")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for convert, says in (
+        (lambda: save_as_lora(model, tmp_path / "ours"), "ours holds a FEDPARA.*another folder"),
+        (lambda: save_as_loha(model, str(tmp_path / "ours")), "ours holds a FEDPARA"),
+        (lambda: loha_to_fedpara(tmp_path / "loha", tmp_path / "loha"), "loha holds a LOHA"),
+        (lambda: loha_to_fedpara(tmp_path / "loha", tmp_path / "link"), "link holds a LOHA"),
+    ):
+        with pytest.raises(ConversionError, match=says):
+            convert()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    save_as_loha(model, tmp_path / "loha")  # the same again is no other adapter
+    (tmp_path / "ours/adapter_config.json").write_text("[")
+    with pytest.raises(ConversionError, match="cannot be read, which would be overwritten"):
+        save_as_lora(model, tmp_path / "ours")
+
+
+def test_a_damaged_loha_is_refused(tmp_path):
+    model = randomize(adapted(nn.Sequential(nn.Linear(9, 8)), base_weight="frozen"))
+    save_as_loha(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    first = next(iter(state))
+    for damaged, says in (
+        ({}, "no LoHa factors"),
+        ({k: v for k, v in state.items() if k != first}, "0: its factors .* damaged"),
+        ({**state, first: state[first].flatten()}, "0: its factors .* damaged"),
+    ):
+        save_file(damaged, path)
+        with pytest.raises(ConversionError, match=says):
+            loha_to_fedpara(tmp_path, tmp_path / "new")
+    path.write_bytes(b"no header")
+    with pytest.raises(ConversionError, match="cannot be read"):
+        loha_to_fedpara(tmp_path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -11,12 +11,15 @@ from peft import (
     LoraConfig,
     PeftMixedModel,
     PeftModel,
+    get_layer_status,
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
+from peft.utils.hotswap import hotswap_adapter
 from tests.zoo import Net, adapted, mlp, net_inputs, randomize
 from torch import nn
 from transformers import (
@@ -38,6 +41,7 @@ from fedpara_peft import (
     ReplacedWeightError,
     TargetError,
     UnsupportedLayerError,
+    UnsupportedMethodError,
     communicated_state,
     fedpara_summary,
     load_local_state,
@@ -644,3 +648,49 @@ def test_unmerging_twice_warns_and_safe_merge_refuses_nan():
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.base_model.model[0].get_base_layer().weight, before)
+
+
+def test_what_only_lora_has_in_peft_is_said_of_fedpara(tmp_path):
+    config = FedParaConfig(r=2, target_modules=["0"])
+    model = get_peft_model(mlp(norm=False), config)
+    model.save_pretrained(tmp_path)
+    for call, says in (
+        (
+            lambda: model.add_weighted_adapter(["default"], [1.0], "c"),
+            "FedPara has no add_weighted",
+        ),
+        (lambda: hotswap_adapter(model, tmp_path, "default"), r"not hot-swapped.*load_adapter"),
+    ):
+        with pytest.raises(UnsupportedMethodError, match=says):
+            call()
+    assert not hasattr(model, "add_weighted_adapter")
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'nothing'"):
+        _ = model.nothing
+    status = get_layer_status(model)
+    assert [layer.available_adapters for layer in status] == [["default"]]
+    # What the errors advise instead of merging and swapping:
+    randomize(model)
+    model.add_adapter("other", copy.deepcopy(config))
+    model.base_model.set_adapter(["default", "other"])
+    model.load_adapter(tmp_path, "default")
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(model(x), mlp(norm=False)(x))
+
+
+def test_rescale_adapter_scale():
+    x = torch.randn(3, 16)
+    model = randomize(get_peft_model(mlp(norm=False), FedParaConfig(r=2, target_modules=["0"])))
+    layer = model.base_model.model[0]
+    base, whole = layer.base_layer(x), layer(x)
+    with rescale_adapter_scale(model, 0.25):
+        torch.testing.assert_close(layer(x), base + 0.25 * (whole - base), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer(x), whole)
+    replaced = adapted(mlp(norm=False))
+    with (
+        pytest.raises(ReplacedWeightError, match="no W₀ to scale against"),
+        rescale_adapter_scale(replaced, 0.5),
+    ):
+        pass
+    lora = get_peft_model(mlp(norm=False), LoraConfig(target_modules=["0"]))
+    with rescale_adapter_scale(lora, 0.5):
+        assert lora.base_model.model[0].scaling == {"default": 0.5}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .errors import CommandError
 
@@ -31,9 +30,14 @@ def _explained(what: str, option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if Path(what).exists():
+            raise CommandError(
+                f"{what} cannot be loaded ({_first_line(error)}): give {option} a folder that "
+                "transformers saved"
+            ) from None
         raise CommandError(
             f"{what!r} is no local folder, and not to be had from the Hub "
-            f"({str(error).strip().splitlines()[0]}): give {option} a folder on this machine, or, "
+            f"({_first_line(error)}): give {option} a folder on this machine, or, "
             "with a network, set HF_HUB_OFFLINE=0 and HF_TOKEN if it is private"
         ) from None
 
@@ -56,18 +60,19 @@ def load_model_config(model: str, option: str) -> Any:
     try:
         with _explained(model, option):
             return AutoConfig.from_pretrained(model)
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
-        if isinstance(error, CommandError):
-            raise
+    except CommandError:
+        raise
+    except Exception as error:  # whatever transformers makes of a file that is none of its own
         raise CommandError(
-            f"{model} is no configuration that transformers knows: {error}"
+            f"{model} is no configuration that transformers knows: {_first_line(error)}"
         ) from None
 
 
 def model_class(config: Any) -> Any:
     """The class that the configuration's weights were saved from; a bare model if unknown."""
-    names = config.architectures or []
-    return next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    models = (cls for cls in named if isinstance(cls, type) and issubclass(cls, PreTrainedModel))
+    return next(models, None)
 
 
 def empty_model(config: Any) -> nn.Module:
@@ -79,14 +84,31 @@ def empty_model(config: Any) -> nn.Module:
 def random_model(config: Any) -> nn.Module:
     """The model with fresh weights."""
     cls = model_class(config)
-    return cls(config) if cls is not None else AutoModel.from_config(config)
+    try:
+        return cls(config) if cls is not None else AutoModel.from_config(config)
+    except Exception as error:  # whatever a model makes of sizes that it cannot have
+        raise CommandError(
+            f"{config.name_or_path}: transformers makes no model of this configuration "
+            f"({_first_line(error)})"
+        ) from None
 
 
 def load_model(model: str, option: str) -> nn.Module:
     """The model with its weights."""
     cls = model_class(load_model_config(model, option)) or AutoModel
-    with _explained(model, option):
-        return cls.from_pretrained(model)
+    try:
+        with _explained(model, option):
+            return cls.from_pretrained(model)
+    except CommandError:
+        raise
+    except Exception as error:  # damaged weights, or sizes that no model has
+        raise CommandError(
+            f"{model} cannot be loaded ({_first_line(error)}): save or fetch it again"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def adapter_folder(adapter: str) -> Path:
@@ -123,8 +145,17 @@ def adapter_config(folder: Path) -> Any:
     """
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever PEFT makes of a file that is none of its own
         raise CommandError(f"{folder}/adapter_config.json cannot be read: {error}") from None
+
+
+def keys_that_differ(model: nn.Module, folder: Path) -> list[str]:
+    """Tensors that either the model's adapter or its file lacks."""
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        saved = set(file.keys())
+    # An embedding that was saved beside the factors is the base model's.
+    return sorted({*(wanted - saved), *(saved - wanted - model.state_dict().keys())})
 
 
 def give_memory_to_trained(model: nn.Module) -> None:

@@ -11,8 +11,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..comm.state import LOCAL_WEIGHTS_NAME
+from ..tuner._peft import WRAPPER_PREFIX
 from ..tuner.config import FedParaConfig
-from ..tuner.scope import base_name
+from ..tuner.layer import HALF_CONTAINERS
 from .arguments import in_units, new_parser
 from .hub import adapter_config, adapter_folder
 
@@ -24,6 +25,12 @@ examples:
 Only the file's header is read: nothing is loaded, no base model is needed.
 """
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+#: What FedPara, LoRA and LoHa call their factors.
+_FACTORS = {
+    *(container for half in HALF_CONTAINERS for container in half),
+    *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+    *(f"hada_{factor}" for factor in ("w1_a", "w1_b", "t1", "w2_a", "w2_b", "t2")),
+}
 _DEFAULTS = FedParaConfig(target_modules=["x"])
 
 
@@ -68,7 +75,8 @@ def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _settings(config: Any) -> dict[str, Any]:
     """What differs from the defaults, and what everyone wants to know."""
     if not isinstance(config, FedParaConfig):
-        return {"r": getattr(config, "r", "-"), "target modules": _listed(config.target_modules)}
+        targets = getattr(config, "target_modules", None)
+        return {"r": getattr(config, "r", "-"), "target modules": _listed(targets)}
     always = ("parameterization", "base_weight", "r", "gamma")
     hidden = {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
@@ -97,19 +105,29 @@ def _by_layer(
     tensors: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     """The tensors by the module they belong to."""
+    split = {name: _split(name.removeprefix(WRAPPER_PREFIX)) for name in tensors}
+    adapted = {layer for layer, own in split.values() if own.partition(".")[0] in _FACTORS}
     grouped: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        marks = ("fedpara_", "lora_", "hada_")
-        cut = next((i for i, p in enumerate(parts) if p.startswith(marks)), len(parts) - 1)
-        layer = base_name(".".join(parts[:cut]))
-        grouped.setdefault(layer or "(model)", {})[".".join(parts[cut:])] = tensor
+    for name, (layer, own) in split.items():
+        # What an adapter saves of the layer that it wraps, its bias, belongs to that layer.
+        wrapped = layer.removesuffix(".base_layer")
+        layer = wrapped if wrapped in adapted else layer
+        grouped.setdefault(layer or "(model)", {})[own] = tensors[name]
     return grouped
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's module, and its name there."""
+    parts = name.split(".")
+    cut = next((i for i, part in enumerate(parts) if part in _FACTORS), len(parts) - 1)
+    return ".".join(parts[:cut]), ".".join(parts[cut:])
 
 
 def _rank(own: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
     """Inner ranks of a layer's factors, from their shapes."""
-    ranks = {shape[1] for name, (shape, _) in own.items() if "fedpara_w" in name and "_x." in name}
+    outer = {half[0] for half in HALF_CONTAINERS}
+    shapes = [shape for name, (shape, _) in own.items() if name.partition(".")[0] in outer]
+    ranks = {shape[-1] for shape in shapes if shape}
     return ", ".join(map(str, sorted(ranks))) or "-"
 
 

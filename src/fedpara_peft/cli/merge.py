@@ -12,7 +12,14 @@ from ..comm.state import load_local
 from ..tuner.config import FedParaConfig
 from .arguments import new_parser
 from .errors import CommandError
-from .hub import adapter_config, adapter_folder, load_model, load_model_config, random_model
+from .hub import (
+    adapter_config,
+    adapter_folder,
+    keys_that_differ,
+    load_model,
+    load_model_config,
+    random_model,
+)
 
 _EXAMPLES = """\
 examples:
@@ -53,6 +60,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         # Trainable, for only then does a model have a local half that can be loaded.
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        lacking = keys_that_differ(model, folder)
+        if lacking:
+            raise CommandError(
+                f"{args.adapter} does not fit {args.base} (not in both: {', '.join(lacking[:3])}): "
+                "give --base the model it was trained on"
+            )
     except RuntimeError as error:  # torch's, of shapes that differ
         raise CommandError(
             f"{args.adapter} does not fit {args.base} ({' '.join(str(error).split())[:200]}): "
@@ -60,7 +73,10 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     if args.local is not None:
         load_local(model, args.local)
-    merged = model.merge_and_unload()
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CommandError(f"{args.adapter} is not merged: {error}") from None
     merged.save_pretrained(output)
     print(
         f"{output}: {type(merged).__name__}, {sum(p.numel() for p in merged.parameters()):,} values"

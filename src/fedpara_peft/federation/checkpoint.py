@@ -23,11 +23,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save_model as save_tensors
 from torch import nn
 
 from ..comm.ledger import Ledger
-from ..comm.state import join_groups, split_groups
+from ..comm.state import join_groups, save_tensors, split_groups
 from .errors import ResumeError, RunFolderError
 from .fingerprint import differences, shown_differences
 from .history import History, report_from_json, report_to_json
@@ -68,7 +67,7 @@ def write_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if callable(save_pretrained):
         save_pretrained(folder)
     else:
-        save_tensors(model, str(folder / "model.safetensors"))
+        save_tensors(model, folder / "model.safetensors")
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:

@@ -363,8 +363,7 @@ def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
 
 
 def _buffers(model: nn.Module) -> State:
-    buffers = dict(model.named_buffers())
-    return {name: buffers[name] for name in persistent_buffers(model)}
+    return persistent_buffers(model)
 
 
 def _seed(seed: int, device: torch.device) -> None:

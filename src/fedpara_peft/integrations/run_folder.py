@@ -12,6 +12,7 @@ from typing import Any
 from ..federation.checkpoint import checkpoints
 from ..federation.history import History, report_from_json
 from ..federation.settings import SETTINGS_NAME
+from ..federation.state import RoundReport
 from ..maths.errors import FedParaError
 
 
@@ -49,27 +50,56 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     """
     path = Path(folder)
     states = {n: p / "trainer_state.json" for n, p in checkpoints(path).items()}
-    state = _json(states[max(states)]) if states else None
+    state = _json(states[max(states)], dict) if states else None
     source = "history.json"
-    rows = _json(path / source)
-    if state is not None and (rows is None or len(state["rounds"]) > len(rows)):
-        rows, source = state["rounds"], f"checkpoint-{max(states)}/trainer_state.json"
+    rows = _json(path / source, list)
+    if state is not None:
+        newest = f"checkpoint-{max(states)}/trainer_state.json"
+        found = state.get("rounds")
+        if not isinstance(found, list):
+            raise ReportError(f"{path / newest} names no rounds: remove that checkpoint")
+        if rows is None or len(found) > len(rows):
+            rows, source = found, newest
     if rows is None:
         raise ReportError(
             f"{folder} holds neither history.json nor a checkpoint: give the output_dir of a run "
             "that ended, or one with save_every"
         )
     try:
-        history = History(tuple(map(report_from_json, rows)))
-    except (KeyError, TypeError) as error:
+        history = History(tuple(_checked(report_from_json(row)) for row in rows))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ReportError(
             f"{path / source} is of another version ({error}): report with the version that "
             "wrote it"
         ) from None
     if not len(history):
         raise ReportError(f"{path / source} has no rounds: there is nothing to report on")
-    found = _json(path / SETTINGS_NAME) or (state or {}).get("settings", {})
-    return Run(path.resolve().name, history, *_split(found), source)
+    settings = _json(path / SETTINGS_NAME, dict) or (state or {}).get("settings", {})
+    try:
+        return Run(path.resolve().name, history, *_split(settings), source)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{path} has settings of another version ({error}): report with the version that wrote "
+            "them"
+        ) from None
+
+
+def _checked(report: RoundReport) -> RoundReport:
+    """The report, if its values are of the kinds that it says; else a TypeError."""
+    counts = (report.round, report.uplink_bytes, report.downlink_bytes, report.header_bytes)
+    optional = (report.train_loss, report.averaging_bias, report.epsilon, report.slowest_client_s)
+    own = [value for values in report.client_metrics.values() for value in values.values()]
+    if not all(isinstance(count, int) for count in counts):
+        raise TypeError(f"{counts} stand for a round and bytes")
+    for client in (*report.cohort, *report.dropped, *(client for client, _ in report.refused)):
+        if not isinstance(client, int | str):
+            raise TypeError(f"{client!r} stands for a client")
+    for value in (report.seconds, *optional, *report.metrics.values(), *own):
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{value!r} stands for a number")
+    if report.seconds is None or not all(isinstance(reason, str) for _, reason in report.refused):
+        raise TypeError("a round has no time, or a refusal no reason")
+    return report
 
 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -86,13 +116,17 @@ def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
         }
     apart = ("arguments", "versions", "model", "identity")
     flat = {n: v for n, v in settings.items() if n not in apart}
-    return {**flat, **settings.get("arguments", {})}, settings.get("versions", {})
+    return {**flat, **settings.get("arguments", {})}, dict(settings.get("versions", {}))
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, kind: type) -> Any:
+    """What a file holds, None if there is none."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise ReportError(f"{path} is not JSON ({error}): remove it, or run again") from None
+    if not isinstance(found, kind):
+        raise ReportError(f"{path} holds a {type(found).__name__}: no run wrote it")
+    return found

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, helpers
+from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import model as _mixed
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -22,15 +23,20 @@ from peft.tuners.tuners_utils import (
     _is_key_under_prefixes,
     _maybe_include_all_linear_layers,
 )
-from peft.utils import PeftType, register_peft_method, resolve_quantization_backend
+from peft.utils import PeftType, hotswap, register_peft_method, resolve_quantization_backend
 from peft.utils.constants import (
     DUMMY_TARGET_MODULES,
     TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key, match_target_against_key
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    get_pattern_key,
+    match_target_against_key,
+)
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, ReplacedWeightError, UnsupportedMethodError
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -38,6 +44,7 @@ __all__ = [
     "FEDPARA",
     "WRAPPER_PREFIX",
     "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
     "find_minimal_names",
     "get_pattern_key",
     "hook_into_cards",
@@ -129,6 +136,7 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
         name=NAME, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True
     )
     _join_mixed_model(config_cls, model_cls, layer_cls)
+    _join_helpers(layer_cls)
 
 
 def _join_mixed_model(config_cls: Any, model_cls: Any, layer_cls: type) -> None:
@@ -166,6 +174,38 @@ def _join_mixed_model(config_cls: Any, model_cls: Any, layer_cls: type) -> None:
 
     _mixed.MixedModel._create_and_replace = _create_and_replace
     _mixed.MixedModel._replace_module = _replace_module
+
+
+def _join_helpers(layer_cls: Any) -> None:
+    """Have PEFT's helpers that are made for LoRA know our layers, or say what to do instead.
+
+    What they look up when they are called is put in place, so that it does not matter whether a
+    user imported them before.
+    """
+    stock_check = hotswap.check_hotswap_configs_compatible
+
+    class Scaled(type):
+        """Layers with a ``scaling``, for ``rescale_adapter_scale``."""
+
+        def __instancecheck__(cls, module: Any) -> bool:
+            if isinstance(module, layer_cls) and module.replaced:
+                raise ReplacedWeightError(
+                    "rescale_adapter_scale is not possible: base_weight='replaced', there is no W₀ "
+                    "to scale against"
+                )
+            return isinstance(module, LoraLayer | layer_cls)
+
+    def check_hotswap_configs_compatible(*configs: Any) -> None:
+        if any(config.peft_type == FEDPARA for config in configs):
+            raise UnsupportedMethodError(
+                "FedPara adapters are not hot-swapped, which is LoRA's alone in PEFT: "
+                "model.load_adapter(folder, adapter_name) loads other factors into an adapter "
+                "that is configured alike"
+            )
+        stock_check(*configs)
+
+    helpers.LoraLayer = Scaled("LoraLayer", (), {})
+    hotswap.check_hotswap_configs_compatible = check_hotswap_configs_compatible
 
 
 def hook_into_cards(

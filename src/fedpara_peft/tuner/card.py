@@ -19,7 +19,6 @@ from peft import PeftModel
 from .config import FedParaConfig
 from .layer import FedParaLayer
 from .model import FedParaModel
-from .scope import base_name
 from .summary import Summary, fedpara_summary
 
 _BEGIN = "<!-- fedpara: what follows is written anew at every save -->"
@@ -171,14 +170,15 @@ def _facts_table(model: PeftModel, name: str, config: FedParaConfig) -> str:
 
 def _sizes(model: PeftModel, name: str, summary: Summary) -> dict[str, str]:
     """Values and bytes against the dense weights in the same places."""
-    factors = [
-        p
-        for m in model.modules()
-        if isinstance(m, FedParaLayer)
-        for n, p in m.named_parameters()
-        if f".{name}." in n and base_name(n).startswith("fedpara_")
-    ]
-    width = factors[0].element_size() if factors else 4
+    factors = (
+        half.x
+        for module in model.modules()
+        if isinstance(module, FedParaLayer) and name in module.specs
+        for weight in module.specs[name].plans
+        for half in module.halves(name, weight)
+    )
+    first = next(factors, None)
+    width = 4 if first is None else first.element_size()
     ours, dense = summary.parameters, summary.dense_parameters
     return {
         "values trained": f"{ours:,} ({ours / dense:.1%} of {dense:,} dense ones)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from ._peft import (
     WRAPPER_PREFIX,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     is_key_under_prefixes,
     tuner_key_prefixes,
 )
 from .errors import CheckpointError
 from .layer import FedParaLayer
-from .scope import local_tensors, saved_name
+from .names import saved_name
+from .scope import local_tensors
 
 
 def remap_rest(
@@ -32,7 +34,7 @@ def remap_rest(
     tied: dict[int, nn.Parameter] = {}
     missing = []
     wrapped = auxiliary_names(model)
-    for key, tensor in target.items():
+    for key in target:
         if is_key_under_prefixes(key, wrapped):
             continue
         if is_key_under_prefixes(key, prefixes):
@@ -44,15 +46,19 @@ def remap_rest(
         if candidates:
             value = renamed.pop(candidates[0])
             # Loading with assign=True unties what shares storage, unless it gets one object.
-            if tensor.device.type != "meta" and isinstance(
-                parameter := _get_tensor(model, key), nn.Parameter
-            ):
+            if isinstance(parameter := _get_tensor(model, key), nn.Parameter):
                 value = tied.setdefault(
                     id(parameter), nn.Parameter(value, requires_grad=parameter.requires_grad)
                 )
             renamed[key] = value
         elif key not in local:
             missing.append(key)
+    empty = [n for n, b in model.named_buffers() if b.is_meta and saved_name(n) not in target]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0]} is on the meta device and in no checkpoint, because it is not persistent: "
+            "build the model with its buffers, as accelerate's init_empty_weights() does"
+        )
     if missing:
         raise CheckpointError(
             f"the saved adapter lacks {len(missing)} of the model's tensors, first "
@@ -69,6 +75,38 @@ def auxiliary_names(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     }
+
+
+def saved_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Tensors of the modules an adapter saves whole, and the same ones before training."""
+    originals = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for key in module.modules_to_save[adapter_name].state_dict():
+                own = f"{saved_name(name)}.modules_to_save.{adapter_name}.{key}"
+                originals[own] = f"{saved_name(name)}.original_module.{key}"
+    return originals
+
+
+def give_memory(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give tensors on the ``meta`` device that will be loaded memory, where their values are.
+
+    Without it torch would take the values and keep none of them.
+    """
+    fresh: dict[int, tuple[Tensor, Tensor]] = {}
+    modules = list(model.named_modules(remove_duplicate=False))
+    for prefix, module in modules:
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            key = f"{saved_name(prefix)}.{name}".removeprefix(".")
+            if tensor is not None and tensor.is_meta and key in state:
+                new = torch.empty_like(tensor, device=state[key].device)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                fresh.setdefault(id(tensor), (tensor, new))
+    for _, module in modules:  # under all of its names
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if id(tensor) in fresh:
+                setattr(module, name, fresh[id(tensor)][1])
 
 
 def _get_tensor(model: nn.Module, key: str) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, SupportsIndex, get_args
 
 from peft import PeftConfig, TaskType
 
@@ -16,7 +21,8 @@ BaseWeight = Literal["frozen", "replaced"]
 Bias = Literal["none", "all", "fedpara_only"]
 ComputePath = Literal["auto", "compose", "khatri_rao"]
 
-_HEAD_TASKS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+#: Tasks for which PEFT itself trains and saves the head.
+HEAD_TASKS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 #: ``target_modules`` value that stands for every layer kind that can be factorized.
 ALL_SUPPORTED = "all-supported"
@@ -43,8 +49,11 @@ class FedParaConfig(PeftConfig):
         nonlinearity: ``"tanh"`` activates both halves, None does not.
         use_effective_conv2d: factorize convolution kernels by Prop. 3; False reshapes them to
             matrices (Prop. 1).
-        rank_pattern: layer name or regex to rank; goes before ``r`` and ``gamma``.
-        alpha_pattern: layer name or regex to alpha.
+        rank_pattern: layer name or regex to rank; goes before ``r`` and ``gamma``. Of several that
+            match a layer the most specific counts, in whatever order they stand: the full name (as
+            ``"^name"`` it matches no other), then a name that ends it, the one of more dotted parts
+            first, then a regex. Equally specific ones must agree.
+        alpha_pattern: layer name or regex to alpha; likewise.
         rank_dropout: in training, probability of dropping an output feature of ΔW; kept ones are
             divided by ``1 - rank_dropout``.
         module_dropout: in training, probability of skipping ΔW in a forward pass.
@@ -125,14 +134,38 @@ class FedParaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FEDPARA
-        for name in ("target_modules", "exclude_modules", "local_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self._check_types()
         self._check_choices()
         self._check_ranks()
         self._check_targets()
         if self.base_weight == "replaced":
             self._check_replaced()
+
+    def _check_types(self) -> None:
+        for name in ("target_modules", "exclude_modules", "local_modules"):
+            setattr(self, name, _names(name, getattr(self, name), set))
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save, list)
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"modules_to_save must be a list of names, got {self.modules_to_save!r}"
+            )
+        self.r = _integer("r", self.r)
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _integer)
+        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _real)
+        for name in ("gamma", "alpha"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else _real(name, value))
+        for name in ("rank_dropout", "module_dropout"):
+            setattr(self, name, _real(name, getattr(self, name)))
+        for name in ("use_effective_conv2d", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self.layers_pattern = _names("layers_pattern", self.layers_pattern, list)
+        indices = self.layers_to_transform
+        if isinstance(indices, list | tuple | set | range):
+            self.layers_to_transform = [_integer("layers_to_transform", i) for i in indices]
+        elif indices is not None:
+            self.layers_to_transform = _integer("layers_to_transform", indices)
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -142,10 +175,8 @@ class FedParaConfig(PeftConfig):
             ("bias", get_args(Bias)),
             ("compute_path", get_args(ComputePath)),
         ):
-            if getattr(self, name) not in choices:
+            if not _is_one_of(getattr(self, name), choices):
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"init_weights must be True or False, got {self.init_weights!r}")
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -192,9 +223,57 @@ class FedParaConfig(PeftConfig):
             ("init_weights", True, "there is no identity to start from; leave init_weights out"),
         ):
             value = getattr(self, name)
-            if name == "modules_to_save" and self.task_type in _HEAD_TASKS:
+            if name == "modules_to_save" and self.task_type in HEAD_TASKS:
                 continue  # PEFT itself writes the head's name there
             if value != unset and value not in ([], {}):
                 raise ConfigError(
                     f"{name}={value!r} has no meaning with base_weight='replaced': {instead}"
                 )
+
+
+def _integer(name: str, value: object) -> int:
+    """An integer of any library; a bool, a text or a float is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or _is_array(value):
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
+
+
+def _real(name: str, value: object) -> float:
+    """A finite number of any library."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    return value if isinstance(value, int | float) else float(value)
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "shape") and value.shape != ()
+
+
+def _is_one_of(value: object, choices: Iterable[object]) -> bool:
+    return any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    )
+
+
+def _names(name: str, value: Any, kind: type[set[str]] | type[list[str]]) -> Any:
+    """Names as a collection of one kind; a text (a name, a regex, a shorthand) and None as is."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Collection) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{name} must be names or a text, got {value!r}")
+    return kind(value)
+
+
+def _pattern(name: str, value: Any, number: Callable[[str, object], Any]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must map layer names or regexes to numbers, got {value!r}")
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"{name} has {pattern!r}, which is neither a name nor a regex ({error})"
+            ) from None
+    return {p: number(f"{name}[{p!r}]", v) for p, v in value.items()}

@@ -1,10 +1,11 @@
-"""Exact conversions: FedPara to LoRA, FedPara to LoHa, LoHa to FedPara.
+"""Exact conversions of FedPara adapters to LoRA and LoHa; back from LoHa: ``from_loha.py``.
 
 Nothing is approximated. Where there is no exact form the conversion is refused.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -12,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from peft import LoHaConfig, LoraConfig, PeftType, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..maths.apply import has_low_rank_form, low_rank_form
-from ._peft import WRAPPER_PREFIX
+from ._peft import WRAPPER_PREFIX, is_key_under_prefixes
 from .config import FedParaConfig
 from .conv import Conv
 from .embedding import Embedding
 from .errors import ConversionError
-from .layer import HALF_CONTAINERS, AdapterSpec, FedParaLayer
+from .layer import AdapterSpec, FedParaLayer
+from .names import base_names, exact_pattern, saved_name
 from .recurrent import Recurrent
-from .scope import base_name
 
 #: LoHa's factors in the order of ours: X, Y, T of each half.
-_LOHA = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
+LOHA_FACTORS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 _INSTEAD = "put it into exclude_modules before training, or use merge_and_unload() instead"
 
 
@@ -52,10 +53,11 @@ def save_as_lora(
 
     Raises:
         ConversionError: the weights are replaced or activated by tanh, pFedPara's local half is
-            missing, or a layer is of a kind that LoRA lacks (recurrent; a convolution with groups,
-            dilation or a padding mode).
+            missing, the folder holds another method's adapter, or a layer is of a kind that LoRA
+            lacks (recurrent; a convolution with groups, dilation or a padding mode).
     """
-    config = _config_of(model, adapter_name)
+    config = _config_of(model, folder, adapter_name, "save_as_lora")
+    check_target(folder, PeftType.LORA)
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = []
@@ -79,7 +81,7 @@ def save_as_lora(
             "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) first"
         )
     rank = max(ranks.values())
-    patterns = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    patterns = {exact_pattern(n): r for n, r in ranks.items() if r != rank}
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -88,16 +90,17 @@ def save_as_lora(
         target_modules=_targets(model, ranks),
         bias={"fedpara_only": "lora_only"}.get(config.bias, config.bias),
         fan_in_fan_out=any(transposed),
-        **_carried_over(config),
+        **carried_over(config),
     )
-    _write(folder, lora, {**state, **_rest(model, adapter_name)})
+    write_adapter(folder, lora, {**state, **_rest(model, adapter_name)})
     return lora
 
 
 def save_as_loha(
     model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default"
 ) -> LoHaConfig:
-    """Write an adapter as the PEFT LoHa that it exactly is; inverse of :func:`loha_to_fedpara`.
+    """Write an adapter as the PEFT LoHa that it exactly is; inverse of
+    :func:`~.from_loha.loha_to_fedpara`.
 
     Args:
         model: a model with FedPara adapters over a frozen base.
@@ -109,10 +112,11 @@ def save_as_loha(
 
     Raises:
         ConversionError: not ``parameterization="fedpara"`` without tanh over a frozen base, biases
-            are trained, or a layer is of a kind that LoHa lacks (embedding, recurrent, Conv1D,
-            Conv3d; a convolution with a padding mode).
+            are trained, the folder holds another method's adapter, or a layer is of a kind that
+            LoHa lacks (embedding, recurrent, Conv1D, Conv3d; a convolution with a padding mode).
     """
-    config = _config_of(model, adapter_name)
+    config = _config_of(model, folder, adapter_name, "save_as_loha")
+    check_target(folder, PeftType.LOHA)
     if config.parameterization != "fedpara" or config.nonlinearity is not None:
         raise ConversionError(
             f"LoHa has no {config.parameterization!r} with nonlinearity={config.nonlinearity!r}: "
@@ -128,7 +132,7 @@ def save_as_loha(
         _check_padding_mode(name, base, "LoHa")
         ranks[name] = spec.plans["weight"].r
         alphas[name] = layer.scale_of(adapter_name) * ranks[name]
-        for half, names in zip(layer.halves(adapter_name), _LOHA, strict=True):
+        for half, names in zip(layer.halves(adapter_name), LOHA_FACTORS, strict=True):
             for key, factor in zip(names, _to_loha(half.x, half.y, half.t), strict=True):
                 if factor is not None:
                     state[f"{WRAPPER_PREFIX}{name}.{key}"] = factor
@@ -136,73 +140,28 @@ def save_as_loha(
     loha = LoHaConfig(
         r=rank,
         alpha=alpha,
-        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+        rank_pattern={exact_pattern(n): r for n, r in ranks.items() if r != rank},
+        alpha_pattern={exact_pattern(n): a for n, a in alphas.items() if a != alpha},
         target_modules=_targets(model, ranks),
         use_effective_conv2d=config.use_effective_conv2d,
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
-        **_carried_over(config),
+        **carried_over(config),
     )
-    _write(folder, loha, {**state, **_rest(model, adapter_name)})
+    write_adapter(folder, loha, {**state, **_rest(model, adapter_name)})
     return loha
 
 
-def loha_to_fedpara(
-    source: str | os.PathLike[str], target: str | os.PathLike[str]
+def _config_of(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str, called: str
 ) -> FedParaConfig:
-    """Rewrite a PEFT LoHa folder as the FedPara folder that it exactly is; no model is needed.
-
-    Two things are not in a LoHa's folder. A convolution with a ``padding_mode``: PEFT's LoHa pads
-    its own part with zeros there until it is merged, FedPara pads as the layer does, so the result
-    is the merged LoHa. And what training goes on with: FedPara divides what ``rank_dropout`` keeps
-    by ``1 - rank_dropout``, PEFT's LoHa by the share that was kept.
-
-    Args:
-        source: folder with a LoHa's ``adapter_config.json`` and ``adapter_model.safetensors``.
-        target: where to write the FedPara adapter.
-
-    Returns:
-        The FedPara configuration.
-
-    Raises:
-        ConversionError: the folder does not hold a LoHa in safetensors.
-    """
-    path = Path(source) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ConversionError(f"no {SAFETENSORS_WEIGHTS_NAME} in {source}: save the LoHa with PEFT")
-    loha = LoHaConfig.from_pretrained(source)
-    if not isinstance(loha, LoHaConfig):
-        raise ConversionError(f"{source} holds a {loha.peft_type}, not a LoHa")
-    saved = load_file(path)
-    state: dict[str, Tensor] = {}
-    ours = dict(zip(sum(_LOHA, ()), sum(HALF_CONTAINERS, ()), strict=True))
-    for key, tensor in saved.items():
-        module, _, factor = key.rpartition(".")
-        if factor not in ours:
-            state[key] = tensor
-            continue
-        has_core = f"{module}.hada_t1" in saved
-        state[f"{module}.{ours[factor]}.weight"] = _from_loha(factor, tensor, has_core)
-    config = FedParaConfig(
-        r=loha.r,
-        alpha=loha.alpha,
-        rank_pattern=dict(loha.rank_pattern),
-        alpha_pattern=dict(loha.alpha_pattern),
-        target_modules=loha.target_modules,
-        exclude_modules=loha.exclude_modules,
-        layers_to_transform=loha.layers_to_transform,
-        layers_pattern=loha.layers_pattern,
-        use_effective_conv2d=loha.use_effective_conv2d,
-        rank_dropout=loha.rank_dropout,
-        module_dropout=loha.module_dropout,
-        **_carried_over(loha),
-    )
-    _write(target, config, state)
-    return config
-
-
-def _config_of(model: nn.Module, adapter_name: str) -> FedParaConfig:
+    if not isinstance(model, nn.Module) or not isinstance(adapter_name, str):
+        given = ", ".join(type(a).__name__ for a in (model, folder, adapter_name))
+        raise ConversionError(
+            f"{called}(model, folder, adapter_name='default') was given ({given}): the model goes "
+            "first, and no rank, for the conversion is exact; peft.save_as_lora(path, model, rank) "
+            "approximates"
+        )
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, FedParaConfig):
@@ -218,9 +177,10 @@ def _config_of(model: nn.Module, adapter_name: str) -> FedParaConfig:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, FedParaLayer, AdapterSpec]]:
+    plain = base_names(model)
     for name, module in model.named_modules():
         if isinstance(module, FedParaLayer) and adapter_name in module.specs:
-            yield base_name(name), module, module.specs[adapter_name]
+            yield plain[name], module, module.specs[adapter_name]
 
 
 def _check_lora_kind(name: str, layer: FedParaLayer) -> None:
@@ -257,7 +217,7 @@ def _targets(model: nn.Module, names: Collection[str]) -> list[str] | str:
     PEFT takes a listed name for every layer whose name ends in it. Where that is one layer too
     many, the names become a regex, which PEFT matches whole.
     """
-    others = {base_name(name) for name, _ in model.named_modules()}.difference(names)
+    others = set(base_names(model).values()).difference(names)
     endings = tuple(f".{name}" for name in names)
     if any(name.endswith(endings) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -301,15 +261,8 @@ def _to_loha(x: Tensor, y: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Te
     return x.T.contiguous(), y.T.contiguous(), core.clone()
 
 
-def _from_loha(factor: str, tensor: Tensor, has_core: bool) -> Tensor:
-    if factor.startswith("hada_t"):
-        return tensor.contiguous()  # a Conv1d's core is k x 1 here; loading knows the layer
-    if factor.endswith("_b") or has_core:
-        return tensor.T.contiguous()
-    return tensor.contiguous()
-
-
-def _carried_over(config: Any) -> dict[str, Any]:
+def carried_over(config: Any) -> dict[str, Any]:
+    """Settings that every method has."""
     return {
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -321,10 +274,36 @@ def _carried_over(config: Any) -> dict[str, Any]:
 def _rest(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What the adapter saves beside its factors: biases and modules_to_save."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {k: v.contiguous() for k, v in state.items() if ".fedpara_" not in k}
+    factors = {
+        f"{saved_name(name)}.{container}"
+        for name, module in model.named_modules()
+        if isinstance(module, FedParaLayer)
+        for container in module.adapter_layer_names
+    }
+    return {k: v for k, v in state.items() if not is_key_under_prefixes(k, factors)}
 
 
-def _write(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    save_file(state, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+def write_adapter(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
+    """Write an adapter's two files; safetensors takes contiguous tensors that share no memory."""
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ConversionError("the adapter is on the meta device, which holds no values: load one")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    own = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
+    save_file(own, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def check_target(folder: str | os.PathLike[str], method: PeftType) -> None:
+    """Refuse a folder with another method's adapter: the very one to convert, most likely."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        found = "adapter that cannot be read"
+    if found != method.value:
+        raise ConversionError(
+            f"{folder} holds a {found}, which would be overwritten: give another folder"
+        )

@@ -23,6 +23,10 @@ class ReplacedWeightError(FedParaError, RuntimeError):
     """An operation needs the dense weight that ``base_weight="replaced"`` does not keep."""
 
 
+class UnsupportedMethodError(FedParaError, AttributeError):
+    """A method or helper of PEFT's is for other adapters than FedPara's."""
+
+
 class CheckpointError(FedParaError, ValueError):
     """A saved adapter or local state does not fit the model it is loaded into."""
 

@@ -221,8 +221,9 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         found = []
         for containers in HALF_CONTAINERS[: self.specs[adapter_name].num_halves]:
             x, y, t = (getattr(self, container) for container in containers)
-            core = t[adapter_name][name] if self.specs[adapter_name].plans[name].kernel else None
-            found.append(Half(x[adapter_name][name], y[adapter_name][name], core))
+            kernel = self.specs[adapter_name].plans[name].kernel
+            core = _factor(t[adapter_name], name) if kernel else None
+            found.append(Half(_factor(x[adapter_name], name), _factor(y[adapter_name], name), core))
         return tuple(found)
 
     def local_containers(self, adapter_name: str) -> tuple[str, ...]:
@@ -482,6 +483,17 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
 
 def _factor_shape(plan: WeightPlan, position: int) -> tuple[int, ...]:
     return ((plan.rows, plan.r), (plan.columns, plan.r), (plan.r, plan.r, *plan.kernel))[position]
+
+
+def _factor(factors: nn.ParameterDict, name: str) -> Tensor:
+    """A factor; of a model that accelerate offloads, from where its hook keeps the values.
+
+    Hooks bring a module's weights back before its forward, which a dictionary of factors has not.
+    """
+    factor: Tensor = factors[name]
+    hook: Any = getattr(factors, "_hf_hook", None) if factor.is_meta else None
+    kept = getattr(hook, "weights_map", None)
+    return factor if kept is None else kept[name].to(hook.execution_device)
 
 
 def _chance(p: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
@@ -16,12 +16,26 @@ from ._peft import (
     is_excluded,
     is_key_under_prefixes,
 )
-from .checkpoint import auxiliary_names, fill_local_half, remap_rest, squeeze_cores
+from .checkpoint import (
+    auxiliary_names,
+    fill_local_half,
+    give_memory,
+    remap_rest,
+    saved_modules,
+    squeeze_cores,
+)
 from .config import FedParaConfig
-from .errors import ReplacedWeightError, TargetError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    ReplacedWeightError,
+    TargetError,
+    UnsupportedMethodError,
+)
 from .layer import FedParaLayer
+from .names import saved_name
 from .plan import WeightPlan, alpha_for, plan_layer
-from .scope import local_tensors, saved_name
+from .scope import local_tensors
 from .targets import (
     ancestors,
     base_layer_of,
@@ -30,7 +44,15 @@ from .targets import (
     resolve_targets,
     shared_parameters,
     supported_class,
+    warn_of_unmatched_names,
 )
+
+#: Methods of PEFT's LoRA that nobody else has, and what to do instead.
+_INSTEAD_OF = {
+    "add_weighted_adapter": "activate several adapters with base_model.set_adapter([…]), whose sum "
+    "is applied, or convert each with save_as_lora and combine those",
+    "subtract_mutated_init": "a FedPara adapter leaves the base weights as they are",
+}
 
 
 class FedParaModel(BaseTuner):
@@ -51,18 +73,24 @@ class FedParaModel(BaseTuner):
             untouched then.
     """
 
-    if TYPE_CHECKING:  # PEFT is not typed
-
-        def __getattr__(self, name: str) -> Any: ...
-
     prefix: str = "fedpara_"
     tuner_layer_cls = FedParaLayer
     target_module_mapping = DEFAULT_TARGETS
     training_facts: Mapping[str, str] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """As PEFT's: the wrapped model's attributes, but for the methods that only LoRA has."""
+        if name in _INSTEAD_OF:
+            raise UnsupportedMethodError(
+                f"FedPara has no {name}, which is LoRA's alone in PEFT: {_INSTEAD_OF[name]}"
+            )
+        return super().__getattr__(name)
+
     # Before injection: everything that can be refused is refused here, with the model untouched.
 
     def _prepare_model(self, peft_config: FedParaConfig, model: nn.Module) -> None:
+        warn_of_unmatched_names(peft_config, model)
+        _refuse_to_save_factors(peft_config)
         resolve_targets(peft_config, model)
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
@@ -79,6 +107,7 @@ class FedParaModel(BaseTuner):
             if replaced:
                 check_replaceable(layer_cls, base_layer, key, shared)
             layer_cls.check_compute_path(base_layer, key, peft_config.compute_path)
+            alpha_for(peft_config, key)
             factorized += bool(plan_layer(peft_config, key, layer_cls.weights_of(base_layer)))
         if matched and not factorized:
             raise TargetError(
@@ -227,12 +256,13 @@ class FedParaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT goes on to pick embedding tensors from the same dictionary after this hook, so what
         # must not leave the client is taken out of the dictionary itself.
+        _refuse_lost_layers(model, adapter_name, unwanted_adapter_names)
         whole = dict(state_dict)
+        originals = saved_modules(model, adapter_name)
         for name in map(saved_name, local_tensors(model)):
-            original = name.replace(f".modules_to_save.{adapter_name}.", ".original_module.")
             state_dict.pop(name, None)
-            if original != name:  # PEFT insists on an entry: it gets the one before training
-                state_dict[name] = whole[original]
+            if name in originals:  # PEFT insists on an entry: it gets the one before training
+                state_dict[name] = whole[originals[name]]
         if config.base_weight == "replaced":
             wrapped = auxiliary_names(model)
             return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, wrapped)}
@@ -282,12 +312,36 @@ class FedParaModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         squeeze_cores(model, remapped)
-        for name in local_tensors(model):  # a client keeps its head; see _get_adapter_state_dict
-            if ".modules_to_save." in name:
-                remapped.pop(name, None)
+        # A client keeps its head; see _get_adapter_state_dict.
+        for name in saved_modules(model, adapter_name).keys() & local_tensors(model):
+            remapped.pop(name, None)
         if config.base_weight == "replaced":
             remove = cls._remove_adapter_name_from_key
             remapped = remap_rest(model, adapter_name, remapped, remove)
         if config.parameterization == "pfedpara":
             fill_local_half(model, adapter_name, remapped)
+        give_memory(model, remapped)
         return remapped
+
+
+def _refuse_to_save_factors(config: FedParaConfig) -> None:
+    """PEFT takes ``modules_to_save`` by the end of a name, whole parts or not."""
+    for name in config.modules_to_save or ():
+        caught = [c for c in FedParaLayer.adapter_layer_names if c.endswith(name)]
+        if caught:
+            raise ConfigError(
+                f"modules_to_save has {name!r}, and PEFT would take the factors {caught[0]!r} for "
+                f"it, whose name ends so: give more of the dotted name, as in 'parent.{name}'"
+            )
+
+
+def _refuse_lost_layers(model: nn.Module, adapter_name: str, others: list[str]) -> None:
+    """PEFT takes a module named as another adapter for a part of that one, and leaves it out."""
+    for name, module in model.named_modules():
+        if isinstance(module, FedParaLayer) and adapter_name in module.specs:
+            taken = set(others).intersection(name.split("."))
+            if taken:
+                raise CheckpointError(
+                    f"PEFT would leave {name} out of adapter {adapter_name!r}, because another "
+                    f"adapter is called {min(taken)!r} as a module is: give that one another name"
+                )

@@ -12,8 +12,8 @@ from ..maths.rank import (
     rank_bounds,
     rank_for_gamma,
 )
-from ._peft import get_pattern_key
 from .config import FedParaConfig
+from .names import value_for
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ def plan_layer(
         config: the adapter's configuration.
         key: full name of the module, for ``rank_pattern``.
         shapes: the layer's weights by name.
+
+    Raises:
+        ConfigError: patterns that are equally specific give the layer different ranks.
     """
     plans = {}
     for name, shape in shapes.items():
@@ -82,9 +85,13 @@ def plan_layer(
 
 
 def alpha_for(config: FedParaConfig, key: str) -> float | None:
-    """The alpha of a layer, by ``alpha_pattern``; None means scale 1."""
-    pattern = get_pattern_key(list(config.alpha_pattern), key)
-    return config.alpha_pattern.get(pattern, config.alpha)
+    """The alpha of a layer, by ``alpha_pattern``; None means scale 1.
+
+    Raises:
+        ConfigError: patterns that are equally specific give the layer different alphas.
+    """
+    found = value_for(config.alpha_pattern, key, "alpha_pattern")
+    return config.alpha if found is None else found
 
 
 def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightPlan | None:
@@ -92,7 +99,7 @@ def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightP
     if not config.use_effective_conv2d or math.prod(kernel) == 1:
         n, kernel = n * math.prod(kernel), ()
     replaced = config.base_weight == "replaced"
-    explicit = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key))
+    explicit = value_for(config.rank_pattern, key, "rank_pattern")
     if explicit is not None or config.gamma is None:
         r = config.r if explicit is None else explicit
     else:

@@ -11,11 +11,12 @@ from collections.abc import Collection
 from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
-from ._peft import WRAPPER_PREFIX, AuxiliaryTrainingWrapper, match_target_against_key
+from ._peft import AuxiliaryTrainingWrapper, is_key_under_prefixes
 from .errors import TargetError
 from .layer import FedParaLayer
+from .names import base_names, module_matches
 
 Scope = Literal["global", "local"]
 LocalModules = Collection[str] | str | None
@@ -24,13 +25,16 @@ LocalModules = Collection[str] | str | None
 def tensor_scopes(model: nn.Module, local_modules: LocalModules = None) -> dict[str, Scope]:
     """The scope of every tensor that training changes, by its name in ``state_dict()``.
 
+    A tensor that several modules share stands under its first name alone.
+
     Args:
         model: any module; with FedPara adapters, another PEFT adapter, or plain.
         local_modules: names or a regex of modules that stay local, beside those that the FedPara
             configuration names.
 
     Raises:
-        TargetError: ``local_modules`` matches no module.
+        TargetError: ``local_modules`` matches no module, or a local module shares a tensor with one
+            that is not.
     """
     local = local_tensors(model, local_modules)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -40,19 +44,33 @@ def tensor_scopes(model: nn.Module, local_modules: LocalModules = None) -> dict[
 
 
 def local_tensors(model: nn.Module, local_modules: LocalModules = None) -> set[str]:
-    """Names of all tensors that must not leave the client, trainable or not."""
+    """Names of all tensors that must not leave the client, trainable or not.
+
+    Raises:
+        TargetError: as :func:`tensor_scopes`.
+    """
     prefixes = set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FedParaLayer):
             for adapter in module.specs:
                 for container in module.local_containers(adapter):
-                    prefixes.add(f"{name}.{container}.{adapter}.")
+                    prefixes.add(f"{name}.{container}.{adapter}".removeprefix("."))
     for patterns in _declared_local_modules(model, local_modules):
-        prefixes.update(f"{name}." for name in _matching_modules(model, patterns))
-    starts = tuple(prefixes)
-    if not starts:
+        prefixes.update(_matching_modules(model, patterns))
+    if not prefixes:
         return set()
-    return {name for name in _tensor_names(model) if name.startswith(starts)}
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(persistent_buffers(model, remove_duplicate=False))
+    local = {name for name in tensors if is_key_under_prefixes(name, prefixes)}
+    kept = {id(tensors[name]): name for name in local}
+    whole = trains_base(model)
+    for name, tensor in tensors.items():
+        if name not in local and id(tensor) in kept and (whole or tensor.requires_grad):
+            raise TargetError(
+                f"{kept[id(tensor)]} is local and shared with {name}, which is not, so it would be "
+                "sent under that name: put both modules into local_modules, or untie them"
+            )
+    return local
 
 
 def trains_base(model: nn.Module) -> bool:
@@ -61,31 +79,24 @@ def trains_base(model: nn.Module) -> bool:
     return all(isinstance(m, FedParaLayer) and m.replaced for m in tuners)
 
 
-def persistent_buffers(model: nn.Module) -> list[str]:
-    """Names of the buffers that ``state_dict()`` holds."""
-    names = []
-    for prefix, module in model.named_modules():
-        for name in module._buffers:
-            if name not in module._non_persistent_buffers_set and module._buffers[name] is not None:
-                names.append(f"{prefix}.{name}" if prefix else name)
-    return names
+def persistent_buffers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
+    """The buffers that ``state_dict()`` holds, by name.
 
-
-def base_name(name: str) -> str:
-    """A module's name in the plain model: without what PEFT and the tuner wrapped around it."""
-    return saved_name(name).removeprefix(WRAPPER_PREFIX).replace(".base_layer", "")
-
-
-def saved_name(name: str) -> str:
-    """A name as ``state_dict()`` has it: FSDP's wrappers are in modules' names only."""
-    return name.replace("_fsdp_wrapped_module.", "")
-
-
-def module_matches(name: str, patterns: Collection[str] | str) -> bool:
-    """PEFT's matching of names: a regex, or the end of the module's dotted name."""
-    if isinstance(patterns, str):
-        return bool(match_target_against_key(patterns, name))
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+    Args:
+        model: any module.
+        remove_duplicate: give a buffer that modules share under its first name alone.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules(remove_duplicate=remove_duplicate):
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            if remove_duplicate and id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def _declared_local_modules(model: nn.Module, extra: LocalModules) -> list[Collection[str] | str]:
@@ -101,20 +112,17 @@ def _declared_local_modules(model: nn.Module, extra: LocalModules) -> list[Colle
 def _matching_modules(model: nn.Module, patterns: Collection[str] | str) -> list[str]:
     inside_adapter: set[str] = set()
     found = []
-    for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in inside_adapter):
+    plain = base_names(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or is_key_under_prefixes(name.rpartition(".")[0], inside_adapter):
             continue
         if isinstance(module, FedParaLayer | AuxiliaryTrainingWrapper):
-            inside_adapter.add(f"{name}.")
-        if module_matches(base_name(name), patterns):
+            inside_adapter.add(name)
+        if module_matches(plain[name], patterns):
             found.append(name)
     if not found:
         raise TargetError(
             f"local_modules={patterns!r} matches no module; the model has "
-            f"{[base_name(n) for n, _ in model.named_modules() if n][:12]}"
+            f"{[name for name in dict.fromkeys(plain.values()) if name][:12]}"
         )
     return found
-
-
-def _tensor_names(model: nn.Module) -> list[str]:
-    return [*dict(model.named_parameters(remove_duplicate=False)), *persistent_buffers(model)]

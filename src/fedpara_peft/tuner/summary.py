@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..maths.compose import reachable_rank
+from ._peft import is_key_under_prefixes
 from .layer import FedParaLayer
+from .names import base_names
 from .plan import WeightPlan
-from .scope import Scope, base_name, tensor_scopes
+from .scope import Scope, tensor_scopes
 
 
 @dataclass(frozen=True)
@@ -100,34 +102,38 @@ def fedpara_summary(model: nn.Module, adapter_name: str | None = None) -> Summar
     """
     scopes = tensor_scopes(model)
     parameters = dict(model.named_parameters())
-    rows, counted = [], set()
+    plain = base_names(model)
+    rows: list[SummaryRow] = []
+    factors: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(module, FedParaLayer):
             continue
+        factors.update(f"{name}.{container}" for container in module.adapter_layer_names)
         for adapter in [adapter_name] if adapter_name else module.active_adapters:
             for weight, plan in (
                 module.specs[adapter].plans.items() if adapter in module.specs else ()
             ):
-                ending = f".{adapter}.{weight}"
-                own = [
-                    n for n in parameters if n.startswith(f"{name}.fedpara_") and n.endswith(ending)
-                ]
-                counted.update(own)
-                rows.append(_factorized_row(name, module, adapter, weight, plan, own, scopes))
+                own = [f"{name}.{c}.{adapter}.{weight}" for c in module.adapter_layer_names]
+                own = [n for n in own if n in parameters]
+                rows.append(
+                    _factorized_row(plain[name], module, adapter, weight, plan, own, scopes)
+                )
     for name, module in model.named_modules():
+        if is_key_under_prefixes(name, factors):
+            continue
         own = [
             f"{name}.{n}" if name else n
             for n, p in module.named_parameters(recurse=False)
             if p.requires_grad
         ]
-        own = [n for n in own if n in scopes and n not in counted and ".fedpara_" not in n]
+        own = [n for n in own if n in scopes]
         if own:
             count = sum(parameters[n].numel() for n in own)
-            plain = base_name(name) or "(model)"
             # What a factorized layer keeps beside its factors is its biases.
-            rest = "bias" if name.endswith(".base_layer") else "dense"
-            kind = f"{type(module).__name__}, {rest}"
-            rows.append(SummaryRow(plain, kind, (), None, None, count, count, _scope(own, scopes)))
+            beside = isinstance(model.get_submodule(name.rpartition(".")[0]), FedParaLayer)
+            kind = f"{type(module).__name__}, {'bias' if beside else 'dense'}"
+            shown = plain[name] or "(model)"
+            rows.append(SummaryRow(shown, kind, (), None, None, count, count, _scope(own, scopes)))
     return Summary(tuple(rows))
 
 
@@ -153,9 +159,8 @@ def _factorized_row(
     )
     full = (min(over_outputs), min(over_inputs))
     texts = [f"{r}/{f}" for r, f in zip(reached, full, strict=True)]
-    plain = base_name(name)
     return SummaryRow(
-        name=plain if weight == "weight" else f"{plain}.{weight}",
+        name=name if weight == "weight" else f"{name}.{weight}",
         kind=layer.kind,
         shape=(shape.out_features, shape.in_features, *shape.kernel),
         r=plan.r,

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ._peft import find_minimal_names, quantization_backend_of, resolve_all_linear
-from .config import ALL_SUPPORTED, FedParaConfig
+from ._peft import (
+    DEFAULT_TARGETS,
+    DUMMY_TARGET_MODULES,
+    find_minimal_names,
+    quantization_backend_of,
+    resolve_all_linear,
+)
+from .config import ALL_SUPPORTED, HEAD_TASKS, FedParaConfig
 from .conv import Conv
 from .embedding import Embedding
 from .errors import TargetError, UnsupportedLayerError
 from .layer import FedParaLayer
 from .linear import Linear
+from .names import base_names
 from .recurrent import Recurrent
 
 #: Layer kinds: the classes of base layers and the layer that factorizes them.
@@ -33,7 +43,7 @@ def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
     # The output projection of MultiheadAttention: its parent reads the weight and never calls it.
     if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    if _weight_is_computed(base_layer):
+    if _own_use_of_weight(base_layer) is not None:
         return None
     for classes, layer_cls in LAYER_KINDS:
         # Transposed convolutions are no subclass of these, quantized linear layers may be.
@@ -43,15 +53,46 @@ def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
     return Linear if backend is not None and backend.layer_type == "linear" else None
 
 
-def _weight_is_computed(module: nn.Module) -> bool:
-    """Whether the layer does not simply use its weight (weight norm, position embeddings)."""
-    if is_parametrized(module) or hasattr(module, "weight_g"):
-        return True
-    return (
+def _own_use_of_weight(module: nn.Module) -> str | None:
+    """How a layer does something else than to use the weight it holds; None if it does not."""
+    classes = tuple(cls for kinds, _ in LAYER_KINDS for cls in kinds)
+    if is_parametrized(module):
+        return (
+            "a parametrization computes it; remove_parametrizations of torch.nn.utils.parametrize "
+            "ends that"
+        )
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        return "it is lazy and has none yet; run a batch through the model first"
+    if isinstance(module, classes) and (computed := _computed(module, "weight")):
+        return _by_hook(module, computed[0])
+    if (
         isinstance(module, nn.Embedding)
         and type(module).forward is not nn.Embedding.forward
         and getattr(module, "embed_scale", None) is None
+    ):
+        return "its forward is its own"
+    return None
+
+
+def _by_hook(module: nn.Module, name: str) -> str:
+    hooks = sorted({type(hook).__name__ for hook in module._forward_pre_hooks.values()})
+    return (
+        f"{' and '.join(hooks) or 'its class'} computes {name} anew before every forward pass; "
+        "remove_spectral_norm, remove_weight_norm or prune.remove of torch.nn.utils make it a "
+        "parameter again"
     )
+
+
+def _computed(module: nn.Module, kind: Literal["weight", "bias"]) -> list[str]:
+    """Weights or biases that are attributes only, as weight norm, spectral norm and prune have it.
+
+    Offloaded and quantized layers, and those whose weight has been replaced, have an entry.
+    """
+    held = {*module._parameters, *module._buffers}
+    names = [n for n in getattr(module, "_flat_weights_names", [kind]) if n.startswith(kind)]
+    missing = [name for name in names if name not in held and hasattr(module, name)]
+    # Another library's quantized layer keeps its weight as it likes.
+    return missing if not missing or quantization_backend_of(module) is None else []
 
 
 def resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
@@ -82,6 +123,38 @@ def resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
         resolve_all_linear(config, model)
 
 
+def warn_of_unmatched_names(config: FedParaConfig, model: nn.Module) -> None:
+    """Say once which listed names match no module; that none at all does is refused later."""
+    plain = [name for name in dict.fromkeys(base_names(model).values()) if name]
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "local_modules"):
+        listed = getattr(config, field)
+        if not listed or isinstance(listed, str) or listed == DUMMY_TARGET_MODULES:
+            continue
+        # PEFT takes modules_to_save by the end of a name, whole parts or not.
+        ends = "" if field == "modules_to_save" else "."
+        unmatched = [
+            one
+            for one in sorted(set(listed) - _from_peft(config, model, field))
+            if not any(name == one or name.endswith(f"{ends}{one}") for name in plain)
+        ]
+        if unmatched and (field == "modules_to_save" or len(unmatched) < len(listed)):
+            warnings.warn(
+                f"{field} has names that match no module: {', '.join(map(repr, unmatched))}",
+                stacklevel=2,
+            )
+
+
+def _from_peft(config: FedParaConfig, model: nn.Module, field: str) -> set[str]:
+    """Names that PEFT fills in for kinds of models or tasks, whether this model has them or not."""
+    if field == "target_modules":
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        defaults = set(DEFAULT_TARGETS.get(str(kind), ()))
+        return defaults if defaults == set(config.target_modules or ()) else set()
+    if field == "modules_to_save" and config.task_type in HEAD_TASKS:
+        return {"classifier", "score", "qa_outputs"}
+    return set()
+
+
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The plain layer inside tuner layers, the module itself where there are none."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -103,8 +176,8 @@ def supported_class(target: nn.Module, key: str = "") -> type[FedParaLayer]:
         reason = "its parent MultiheadAttention reads the weight without calling the layer"
     elif isinstance(base_layer, nn.modules.conv._ConvTransposeNd):
         reason = "transposed convolutions are not factorized"
-    elif _weight_is_computed(base_layer):
-        reason = "it does not use its weight as it is (a parametrization, or its own forward)"
+    elif (own_use := _own_use_of_weight(base_layer)) is not None:
+        reason = f"it does not use its weight as it is ({own_use})"
     else:
         reason = "FedPara has no form for it"
     shown = f"{key} ({type(base_layer).__name__})" if key else type(base_layer).__name__
@@ -126,6 +199,11 @@ def check_replaceable(
         raise TargetError(
             f"{key} shares its weight with another module, which would be left without one: put "
             "it into exclude_modules, or untie the weights before"
+        )
+    if computed := _computed(base_layer, "bias"):
+        raise UnsupportedLayerError(
+            f"{key} cannot have its weight replaced: {_by_hook(base_layer, computed[0])}; or put "
+            "it into exclude_modules"
         )
     layer_cls.check_replaceable(base_layer, key)
 

@@ -1,0 +1,112 @@
+"""Layers whose weight something else computes or keeps: refused by name, or left as they are."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import get_peft_model
+from tests.zoo import randomize
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from fedpara_peft import FedParaConfig, UnsupportedLayerError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+
+
+def pruned(layer, name="weight"):
+    prune.l1_unstructured(layer, name, 0.4)
+    return layer
+
+
+def pruned_twice(layer):
+    return prune.random_structured(pruned(layer), "weight", 0.2, 0)
+
+
+def doubled_in_a_hook(layer):
+    theta = nn.Parameter(layer.weight.detach().clone())
+    del layer.weight
+    layer.theta = theta
+    layer.weight = 2 * theta.detach()
+    layer.register_forward_pre_hook(lambda m, _: setattr(m, "weight", 2 * m.theta))
+    return layer
+
+
+class Property(nn.Linear):
+    def __init__(self):
+        super().__init__(16, 16)
+        self.theta = self._parameters.pop("weight")
+
+    @property
+    def weight(self):
+        return 2 * self.theta
+
+
+COMPUTED = {
+    "spectral_norm": (lambda: spectral_norm(nn.Linear(16, 16)), "SpectralNorm"),
+    "spectral_norm, convolution": (lambda: spectral_norm(nn.Conv2d(16, 16, 3)), "SpectralNorm"),
+    "spectral_norm, embedding": (lambda: spectral_norm(nn.Embedding(16, 16)), "SpectralNorm"),
+    "weight_norm": (lambda: weight_norm(nn.Linear(16, 16)), "WeightNorm"),
+    "weight_norm, LSTM": (lambda: weight_norm(nn.LSTM(16, 16), "weight_hh_l0"), "WeightNorm"),
+    "prune": (lambda: pruned(nn.Linear(16, 16)), "L1Unstructured"),
+    "prune, LSTM": (lambda: pruned(nn.LSTM(16, 16), "weight_ih_l0"), "L1Unstructured"),
+    "prune twice": (lambda: pruned_twice(nn.Linear(16, 16)), "PruningContainer"),
+    "a hook": (lambda: doubled_in_a_hook(nn.Linear(16, 16)), "function"),
+    "a property": (Property, "its class"),
+    "parametrization": (lambda: parametrizations.orthogonal(nn.Linear(16, 16)), "parametrization"),
+    "lazy": (lambda: nn.LazyLinear(16), "run a batch through the model"),
+}
+
+
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_base_that_computes_its_weight_is_refused_by_name(kind, base_weight):
+    build, says = COMPUTED[kind]
+    model = nn.Sequential(build(), nn.Linear(16, 16))
+    config = FedParaConfig(r=2, base_weight=base_weight, target_modules=["0"])
+    with pytest.raises(UnsupportedLayerError, match=rf"module 0 .*as it is \(.*{says}"):
+        get_peft_model(model, config)
+    config = FedParaConfig(r=2, base_weight=base_weight, target_modules="all-supported")
+    get_peft_model(model, config)
+    assert not hasattr(model[0], "specs")
+    assert hasattr(model[1], "specs")
+
+
+def test_what_is_pruned_for_good_is_a_plain_layer_again():
+    net = nn.Sequential(pruned(nn.Linear(16, 24)), nn.ReLU(), nn.Linear(24, 4))
+    prune.remove(net[0], "weight")
+    model = randomize(get_peft_model(net, FedParaConfig(r=2, target_modules=["0"]))).eval()
+    x = torch.randn(6, 16)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pruned_bias_stays_pruned_and_is_refused_where_the_layer_is_not_called():
+    net = nn.Sequential(pruned(nn.Linear(16, 16), "bias"))
+    with pytest.raises(UnsupportedLayerError, match=r"0 cannot have its weight replaced: L1Uns"):
+        get_peft_model(net, FedParaConfig(r=2, base_weight="replaced", target_modules=["0"]))
+    x = torch.randn(5, 16)
+    model = randomize(get_peft_model(net, FedParaConfig(r=2, target_modules=["0"])))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.bias_orig.add_(1)  # trained on
+    weight = layer.base_layer.weight + layer.get_delta_weight("default")
+    bias = layer.base_layer.bias_orig * layer.base_layer.bias_mask
+    torch.testing.assert_close(model(x), x @ weight.T + bias, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["auto", "compose", "khatri_rao"])
+def test_weights_that_are_offloaded_are_weights(path):
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+    config = FedParaConfig(r=2, target_modules=["0"], compute_path=path)
+    x = torch.randn(3, 16)
+    model = randomize(get_peft_model(copy.deepcopy(net), config)).eval()
+    expected = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.base_model.model[0].base_layer.weight.is_meta
+    model.add_adapter("b", copy.deepcopy(config))
+    assert "b" in model.base_model.model[0].specs
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    cpu_offload(net, execution_device=torch.device("cpu"))
+    assert hasattr(get_peft_model(net, config).base_model.model[0], "specs")
