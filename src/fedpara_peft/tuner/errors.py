@@ -23,6 +23,10 @@ class ReplacedWeightError(FedParaError, RuntimeError):
     """An operation needs the dense weight that ``base_weight="replaced"`` does not keep."""
 
 
+class MixedBatchError(FedParaError, ValueError):
+    """``adapter_names`` names adapters for a batch that the model cannot run that way."""
+
+
 class CheckpointError(FedParaError, ValueError):
     """A saved adapter or local state does not fit the model it is loaded into."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -20,6 +22,7 @@ from .checkpoint import auxiliary_names, fill_local_half, remap_rest, squeeze_co
 from .config import FedParaConfig
 from .errors import ReplacedWeightError, TargetError
 from .layer import FedParaLayer
+from .mixed_batch import each_sample_its_adapter
 from .plan import WeightPlan, alpha_for, plan_layer
 from .scope import local_tensors, saved_name
 from .targets import (
@@ -30,7 +33,10 @@ from .targets import (
     resolve_targets,
     shared_parameters,
     supported_class,
+    untie,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class FedParaModel(BaseTuner):
@@ -189,6 +195,43 @@ class FedParaModel(BaseTuner):
             for module in model.modules():
                 if isinstance(module, FedParaLayer):
                     module.free_base_weights()
+        elif not config.inference_mode:
+            _warn_of_moving_statistics(model, config)
+
+    # In use.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What ``PeftModel`` opens around ``forward`` and ``generate``: see ``mixed_batch.py``."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, FedParaLayer)}
+        settings = kwargs.get("generation_config")  # generate() repeats its samples
+        repeats = [
+            kwargs.get(option) or getattr(settings, option, None) or 1
+            for option in ("num_beams", "num_return_sequences")
+        ]
+        with each_sample_its_adapter(self.model, layers, names, max(repeats)):
+            yield
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Write composed weights into the base layers; see PEFT's ``BaseTuner.merge_adapter``.
+
+        A base weight that another module shares (a tied head) is copied first: the adapter was not
+        on that module before either.
+        """
+        untie(self.model)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            untie(self.model)
+        model: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; a replaced weight cannot be removed.
@@ -291,3 +334,24 @@ class FedParaModel(BaseTuner):
         if config.parameterization == "pfedpara":
             fill_local_half(model, adapter_name, remapped)
         return remapped
+
+
+def _warn_of_moving_statistics(model: nn.Module, config: FedParaConfig) -> None:
+    """Say that batch norms move under a frozen base, and that the adapter does not hold them."""
+    saved = tuple(f".{name}" for name in config.modules_to_save or ())
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.track_running_stats
+        and module.running_mean is not None
+        and not f".{name}".endswith(saved)
+    ]
+    if moving:
+        logger.warning(
+            "%d batch norms, first %s, go on moving their running statistics in training, though "
+            "the base is frozen, and the adapter is saved without them: keep them in eval() while "
+            "training, or put them into modules_to_save",
+            len(moving),
+            moving[0],
+        )

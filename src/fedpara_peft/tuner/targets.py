@@ -33,7 +33,7 @@ def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
     # The output projection of MultiheadAttention: its parent reads the weight and never calls it.
     if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    if _weight_is_computed(base_layer):
+    if _weight_is_computed(base_layer) or _rewrites_its_weight(base_layer):
         return None
     for classes, layer_cls in LAYER_KINDS:
         # Transposed convolutions are no subclass of these, quantized linear layers may be.
@@ -52,6 +52,11 @@ def _weight_is_computed(module: nn.Module) -> bool:
         and type(module).forward is not nn.Embedding.forward
         and getattr(module, "embed_scale", None) is None
     )
+
+
+def _rewrites_its_weight(module: nn.Module) -> bool:
+    """Whether rows of a table are renormalized in place: of W₀ alone, where W₀ + ΔW was meant."""
+    return isinstance(module, nn.Embedding) and module.max_norm is not None
 
 
 def resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
@@ -105,6 +110,11 @@ def supported_class(target: nn.Module, key: str = "") -> type[FedParaLayer]:
         reason = "transposed convolutions are not factorized"
     elif _weight_is_computed(base_layer):
         reason = "it does not use its weight as it is (a parametrization, or its own forward)"
+    elif _rewrites_its_weight(base_layer):
+        reason = (
+            f"it has max_norm={base_layer.max_norm}, which rewrites rows of the table; build the "
+            "embedding without max_norm"
+        )
     else:
         reason = "FedPara has no form for it"
     shown = f"{key} ({type(base_layer).__name__})" if key else type(base_layer).__name__
@@ -134,6 +144,19 @@ def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of parameters that several modules hold."""
     count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {key for key, number in count.items() if number > 1}
+
+
+def untie(model: nn.Module) -> None:
+    """Give every factorized layer a base weight of its own, where another module shares it."""
+    shared = shared_parameters(model)
+    for module in model.modules():
+        if isinstance(module, FedParaLayer) and module.quantization_backend is None:
+            base_layer = module.get_base_layer()
+            for name in {name for spec in module.specs.values() for name in spec.plans}:
+                weight = getattr(base_layer, name)
+                if id(weight) in shared:
+                    own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                    setattr(base_layer, name, own)
 
 
 def ancestors(model: nn.Module, key: str) -> list[nn.Module]:
