@@ -158,9 +158,10 @@ def test_products_of_float16_activations_run_in_float32():
             half.x.copy_(values[0])
             half.y.copy_(values[1])
     x = torch.full((5, n), 4.0)  # x B = 512 · 4 · 64 = 131,072 > 65,504
-    exact = x.double() @ (
-        layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
-    ).T
+    exact = (
+        x.double()
+        @ (layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()).T
+    )
     for context in (torch.no_grad(), torch.enable_grad()):
         with torch.autocast("cpu", dtype=torch.float16), context:
             for rows in (x, x[:1]):
