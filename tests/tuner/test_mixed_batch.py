@@ -1,4 +1,4 @@
-"""``adapter_names=[…]``: every sample of a batch with an adapter of its own, as PEFT's LoRA has it."""
+"""``adapter_names=[…]``: every sample of a batch with its own adapter, as PEFT's LoRA has it."""
 
 import copy
 

@@ -530,7 +530,7 @@ class FedParaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             weight = self._get_base_tensor(name)
             weight = weight.clone() if safe else weight
         self._add_composed_(weight, adapter_name, name, self.scale_of(adapter_name))
-        if safe and not torch.isfinite(weight).all():
+        if safe and not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(
                 "NaNs detected in the merged weights. The adapter "
                 f"{adapter_name} seems to be broken"

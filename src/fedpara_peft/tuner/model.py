@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ._peft import (
     DEFAULT_TARGETS,
     DUMMY_TARGET_MODULES,
+    AuxiliaryTrainingWrapper,
     is_excluded,
     is_key_under_prefixes,
 )
@@ -65,6 +67,11 @@ class FedParaModel(BaseTuner):
     tuner_layer_cls = FedParaLayer
     target_module_mapping = DEFAULT_TARGETS
     training_facts: Mapping[str, str] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # modules_to_save whose adapters are off: what was active, what did not train
+        self._frozen_in_heads: dict[AuxiliaryTrainingWrapper, tuple[Any, list[nn.Parameter]]] = {}
 
     # Before injection: everything that can be refused is refused here, with the model untouched.
 
@@ -196,7 +203,7 @@ class FedParaModel(BaseTuner):
                 if isinstance(module, FedParaLayer):
                     module.free_base_weights()
         elif not config.inference_mode:
-            _warn_of_moving_statistics(model, config)
+            _warn_of_moving_statistics(model)
 
     # In use.
 
@@ -215,6 +222,34 @@ class FedParaModel(BaseTuner):
         ]
         with each_sample_its_adapter(self.model, layers, names, max(repeats)):
             yield
+
+    def disable_adapter_layers(self) -> None:
+        """Turn the adapters off; see PEFT's ``BaseTuner.disable_adapter_layers``."""
+        self._note_frozen_heads()
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """Turn the adapters on; what did not train before is not trained by that.
+
+        PEFT would train the ``modules_to_save`` of an adapter that was loaded for inference. (A
+        factorized layer sees to itself.)
+        """
+        self._note_frozen_heads()
+        super().enable_adapter_layers()
+        for head, (active, frozen) in self._frozen_in_heads.items():
+            if active == head.active_adapters:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+        self._frozen_in_heads.clear()
+
+    def _note_frozen_heads(self) -> None:
+        for head in self._heads():
+            if not head.disable_adapters:
+                frozen = [p for p in head.parameters() if not p.requires_grad]
+                self._frozen_in_heads[head] = (copy.copy(head.active_adapters), frozen)
+
+    def _heads(self) -> list[AuxiliaryTrainingWrapper]:
+        return [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -336,16 +371,14 @@ class FedParaModel(BaseTuner):
         return remapped
 
 
-def _warn_of_moving_statistics(model: nn.Module, config: FedParaConfig) -> None:
+def _warn_of_moving_statistics(model: nn.Module) -> None:
     """Say that batch norms move under a frozen base, and that the adapter does not hold them."""
-    saved = tuple(f".{name}" for name in config.modules_to_save or ())
     moving = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._NormBase)
-        and module.track_running_stats
         and module.running_mean is not None
-        and not f".{name}".endswith(saved)
+        and not any(isinstance(m, AuxiliaryTrainingWrapper) for m in ancestors(model, name))
     ]
     if moving:
         logger.warning(
