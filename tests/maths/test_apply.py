@@ -159,7 +159,8 @@ def test_one_token_writes_no_khatri_rao_product(name):
         class Watch(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 out = function(*args, **(kwargs or {}))
-                found.append(out.numel())
+                if isinstance(out, torch.Tensor):
+                    found.append(out.numel())
                 return out
 
         with torch.no_grad(), Watch():
@@ -200,8 +201,8 @@ def test_the_cost_rule_at_known_places():
 
     assert rule(4096, 4096, 8, 512)
     assert rule(4096, 4096, 32, 1, training=False)
-    assert rule(4096, 4096, 32, 512, training=False)  # the form is made, and beside it the weight
-    assert not rule(64, 64, 32, 64, training=False)
+    assert rule(4096, 4096, 8, 512, training=False)
+    assert not rule(4096, 4096, 32, 512, training=False)  # 1,024 columns, made at every pass
     assert not rule(768, 768, 32, 512)
     assert rule(256, 512, 16, 10, joined=False)  # from scratch at a tiny batch
     assert not rule(256, 784, 32, 10, joined=False)  # building 1,024 columns costs more

@@ -91,6 +91,18 @@ def test_scaling_by_zero_and_back():
     assert layer.scaling["default"] == 3.0
 
 
+def test_a_scale_set_while_merged_counts_from_the_unmerging_on():
+    model, x = build("linear", "frozen", ("fedpara", None), torch.float64), torch.randn(3, 12)
+    x, layer = x.double(), model.base_model.model.layer
+    base, merged = layer.get_base_layer().weight.clone(), model(x)
+    model.merge_adapter()
+    layer.set_scale("default", 3.0)
+    torch.testing.assert_close(model(x), merged)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight, base)
+    torch.testing.assert_close(model(x), twin(model, "linear")(x))
+
+
 def test_a_replaced_weight_is_scaled_neither_up_nor_back():
     layer = build("linear", "replaced", ("fedpara", None)).base_model.model.layer
     for call in (layer.scale_layer, layer.unscale_layer):

@@ -7,22 +7,22 @@ weights and its forward pass.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..maths.compose import Half, Nonlinearity, add_composed_, compose
+from ..maths.compose import Half, Nonlinearity, compose
 from ..maths.init import factor_std, fill_normal, half_variances, identity_start_std
 from ..maths.rank import ParameterizationName
 from ._peft import in_out_features, quantization_backend_of
 from .config import ComputePath, FedParaConfig
 from .errors import ReplacedWeightError
+from .merged import MergedLayer
 from .mixed_batch import BASE, UnreadableWeight, check_names
 from .plan import WeightPlan, WeightShape
 from .scaled import ScaledLayer
@@ -67,7 +67,7 @@ class ComposedWeight:
     recompose: Callable[[Sequence[Half]], Tensor]
 
 
-class FedParaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
+class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
     """A layer whose weights are factorized.
 
     Args:
@@ -110,6 +110,7 @@ class FedParaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.specs: dict[str, AdapterSpec] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._merged_scales: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
         self._fresh_local: set[str] = set()
         self._trained: set[str] | None = None  # factors to train again when adapters come back on
@@ -318,48 +319,6 @@ class FedParaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             )
         return delta
 
-    def free_base_weights(self) -> None:
-        """Drop the dense weights that composed ones replace, and the memory with them."""
-        for name in next(iter(self.specs.values())).plans:
-            setattr(self.get_base_layer(), name, None)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the composed weight into the base layer.
-
-        Args:
-            safe_merge: refuse, with nothing changed, a result that is not finite.
-            adapter_names: adapters to merge; all active ones by default.
-
-        Raises:
-            ValueError: ``safe_merge`` found NaN or infinity.
-        """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.specs:
-                continue
-            names = list(self.specs[adapter_name].plans)
-            merged = {name: self._merged(adapter_name, name, safe_merge) for name in names}
-            for name, weight in merged.items():
-                self._set_base_tensor(name, weight)
-            self.merged_adapters.append(adapter_name)
-
-    def unmerge(self) -> None:
-        """Take the merged adapters out of the base layer again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self.replaced:
-            self.free_base_weights()
-            self.merged_adapters.clear()
-            return
-        while self.merged_adapters:
-            adapter_name = self.merged_adapters.pop()
-            if adapter_name not in self.specs:
-                continue
-            for name in self.specs[adapter_name].plans:
-                base = self._get_base_tensor(name)
-                self._add_composed_(base, adapter_name, name, -self.scale_of(adapter_name))
-                self._set_base_tensor(name, base)
-
     # Forward.
 
     def _drop_output_features(self, delta: Tensor, p: float) -> Tensor:
@@ -515,53 +474,6 @@ class FedParaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             return identity_start_std(plan.r, fan_in, spec.parameterization, kernel=kernel)
         variances = half_variances(plan.shape.variance, spec.parameterization, spec.nonlinearity)
         return factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
-
-    @torch.no_grad()
-    def _merged(self, adapter_name: str, name: str, safe: bool) -> Tensor:
-        """The base weight with the composed one in it; in place unless it shall be checked."""
-        spec = self.specs[adapter_name]
-        if spec.replaced:
-            x = self.halves(adapter_name, name)[0].x
-            shape = spec.plans[name].shape
-            size = (shape.out_features, shape.in_features, *shape.kernel)
-            size = size[::-1] if self.transposed else size
-            weight = torch.zeros(size, dtype=x.dtype, device=x.device)
-        else:
-            weight = self._get_base_tensor(name)
-            weight = weight.clone() if safe else weight
-        self._add_composed_(weight, adapter_name, name, self.scale_of(adapter_name))
-        if safe and not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError(
-                "NaNs detected in the merged weights. The adapter "
-                f"{adapter_name} seems to be broken"
-            )
-        return weight
-
-    def _add_composed_(self, weight: Tensor, adapter_name: str, name: str, scale: float) -> None:
-        spec = self.specs[adapter_name]
-        add_composed_(
-            weight.T if self.transposed else weight,
-            self.halves(adapter_name, name),
-            spec.parameterization,
-            spec.nonlinearity,
-            scale=scale,
-            zero_row=self.zero_row,
-        )
-
-    def _get_base_tensor(self, name: str) -> Tensor:
-        if name == "weight":
-            return self.get_base_weight()
-        return getattr(self.get_base_layer(), name).data
-
-    def _set_base_tensor(self, name: str, value: Tensor) -> None:
-        base_layer = self.get_base_layer()
-        if self.replaced:
-            setattr(base_layer, name, nn.Parameter(value))
-        elif name == "weight":
-            self.set_base_weight(value)
-        else:
-            if value is not (data := getattr(base_layer, name).data):
-                data.copy_(value)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # Recurrent layers have no `weight`, and a freed one says nothing.
