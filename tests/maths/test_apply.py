@@ -129,7 +129,7 @@ def test_row_by_row_is_the_weight(name, ranks):
     assert narrow.dtype == torch.float32
 
 
-@pytest.mark.parametrize("tokens", [(), (1,), (2,), (3,), (1, 2), (2, 3)])
+@pytest.mark.parametrize("tokens", [(), (0,), (1,), (2,), (3,), (1, 2), (2, 3)])
 @pytest.mark.parametrize("extra", ["nothing", "base", "bias", "weight"])
 @pytest.mark.parametrize("name", NAMES)
 def test_without_gradients_the_output_is_the_same(name, extra, tokens):

@@ -94,7 +94,8 @@ def check_names(layer: FedParaLayer, adapter_names: Sequence[str], samples: int 
         raise MixedBatchError(
             f"adapter_names has {len(adapter_names)} names for {samples or 'an input without'} "
             f"samples at {layer._in_mixed_batch or type(layer).__name__}: give one name for each "
-            "sample of the batch"
+            "sample of the batch; a layer that does not see the batch (of positions, of experts) "
+            "belongs into exclude_modules"
         )
 
 
