@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpara_peft import RankError
-from fedpara_peft.maths.apply import form_rank, khatri_rao, linear, low_rank_form
+from fedpara_peft.maths.apply import by_rows, form_rank, khatri_rao, linear, low_rank_form
 from fedpara_peft.maths.compose import Half, add_composed_, compose
 from fedpara_peft.maths.cost import low_rank_form_is_cheaper
 
@@ -119,6 +119,60 @@ def test_half_precision_activations_stay_so(dtype):
     assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("ranks", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("name", NAMES)
+def test_row_by_row_is_the_weight(name, ranks):
+    parts = [halves("lowrank", r=r)[0] for r in ranks[: 1 if name == "lowrank" else 2]]
+    x = torch.randn(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(by_rows(x, parts, name), x @ compose(parts, name).T)
+    narrow = by_rows(x.bfloat16(), [h.to(torch.float32) for h in parts], name)
+    assert narrow.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (1,), (2,), (3,), (1, 2), (2, 3)])
+@pytest.mark.parametrize("extra", ["nothing", "base", "bias", "weight"])
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_the_output_is_the_same(name, extra, tokens):
+    parts, x = halves(name), torch.randn(*tokens, 5, dtype=torch.float64)
+    options = {
+        "base": {"base": torch.randn(*tokens, 6, dtype=torch.float64)},
+        "bias": {"bias": torch.randn(6, dtype=torch.float64)},
+        "weight": {"weight": torch.randn(6, 5, dtype=torch.float64)},
+    }.get(extra, {})
+    expected = 1.7 * x @ compose(parts, name).T
+    for key, value in options.items():
+        expected = expected + (x @ value.T if key == "weight" else value)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with context:
+            torch.testing.assert_close(linear(x, parts, name, 1.7, **options), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_token_writes_no_khatri_rao_product(name):
+    """Nothing of r² columns is made for one row, where r columns do."""
+    m, n, r = 600, 500, 16
+    parts, x = halves(name, m, n, r, dtype=torch.float32), torch.randn(1, n)
+
+    def largest(rows):
+        found = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor):
+                    found.append(out.numel())
+                return out
+
+        with torch.no_grad(), Watch():
+            linear(x.expand(rows, n), parts, name)
+        return max(found)
+
+    assert largest(1) <= r * m
+    assert largest(r) <= r * r * m
+    if name != "lowrank":
+        assert r * r * m <= largest(r + 1) <= (r * r + r) * m
+
+
 def test_a_kernel_is_refused():
     with pytest.raises(RankError, match="convolution kernel"):
         linear(torch.zeros(1, 5), halves("fedpara", kernel=(3, 3), dtype=torch.float32))
@@ -147,6 +201,8 @@ def test_the_cost_rule_at_known_places():
 
     assert rule(4096, 4096, 8, 512)
     assert rule(4096, 4096, 32, 1, training=False)
+    assert rule(4096, 4096, 8, 512, training=False)
+    assert not rule(4096, 4096, 32, 512, training=False)  # 1,024 columns, made at every pass
     assert not rule(768, 768, 32, 512)
     assert rule(256, 512, 16, 10, joined=False)  # from scratch at a tiny batch
     assert not rule(256, 784, 32, 10, joined=False)  # building 1,024 columns costs more

@@ -117,6 +117,27 @@ def test_on_a_model_with_every_layer_kind(base_weight):
     assert torch.equal(model(images.double(), ids), again(images.double(), ids))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
+def test_under_autocast_it_is_computed_in_float32(base_weight, dtype):
+    model = randomize(adapted(mlp(norm=False), base_weight=base_weight))
+    x = torch.randn(8, 16)
+    with torch.autocast("cpu", dtype=dtype), composed_weights(model) as composed:
+        loss = model(x).float().square().mean()
+        regularizer = jacobian_correction(loss, composed, learning_rate=1e-3)
+        used = list(composed.values())
+        assert all(c.weight.dtype == torch.float32 for c in used)
+        gradients = torch.autograd.grad(loss, [c.weight for c in used], retain_graph=True)
+    (regularizer + loss).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    wide = [tuple(half.to(torch.float64) for half in c.halves) for c in used]
+    exact = sum(
+        jacobian_penalty(c.recompose, halves, g.double(), 1e-3)
+        for c, halves, g in zip(used, wide, gradients, strict=True)
+    )
+    assert regularizer.item() == pytest.approx(exact.item(), rel=5e-3)
+
+
 def test_a_layer_called_twice_has_one_weight():
     class Twice(nn.Module):
         def __init__(self):
@@ -143,11 +164,11 @@ def test_no_composed_weight_is_an_error():
 def test_the_trainer_uses_it(tmp_path):
     data = torch.utils.data.TensorDataset(torch.randn(40, 16), torch.randint(0, 4, (40,)))
 
-    def run(strength):
+    def run(folder, strength):
         model = adapted(mlp())
         args = FederatedArguments(
-            str(tmp_path), num_rounds=2, disable_tqdm=True, jacobian_correction=strength
+            str(tmp_path / folder), num_rounds=2, disable_tqdm=True, jacobian_correction=strength
         )
         return FederatedTrainer(model, args, [data, data]).train()[-1].train_loss
 
-    assert run(0.0) == run(0.0) != run(1.0)
+    assert run("a", 0.0) == run("b", 0.0) != run("c", 1.0)

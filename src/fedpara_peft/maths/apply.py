@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .compose import Half, Nonlinearity
 from .errors import RankError
+from .precision import as_given
 from .rank import ParameterizationName
 
 
@@ -100,8 +101,9 @@ def linear(
 
     For the backward pass only x, the factors, W₀ and ``x B`` are kept; A and B are made again. With
     W₀ given, both products share their sums, forward and backward, which saves passes over the
-    activations. Products run in x's dtype (bfloat16 activations over float32 factors stay bfloat16;
-    the factors' gradients come back in the factors' dtype). Differentiable twice.
+    activations. Products run in x's dtype, forward and backward, whatever autocast says (bfloat16
+    activations over float32 factors stay bfloat16; the factors' gradients come back in the factors'
+    dtype). Differentiable twice. Without gradients a few rows of x go :func:`by_rows`.
 
     Args:
         x: activations ``(..., N)``.
@@ -122,14 +124,20 @@ def linear(
     """
     if any(half.t is not None for half in halves):
         raise RankError("a half with a core is a convolution kernel, not a matrix: use conv stages")
-    if torch._C._are_functorch_transforms_active():  # per-sample gradients, vmap: plain operations
-        a, b, _ = low_rank_form(halves, parameterization)
-        out = scale * ((x @ b.to(x.dtype)) @ a.to(x.dtype).T)
-        for part in (base, bias, None if weight is None else x @ weight.T):
-            out = out if part is None else out + part
-        return out
-    factors = [factor for half in halves for factor in half.tensors()]
     flat = x.reshape(-1, x.shape[-1])
+    few = not torch.is_grad_enabled() and flat.shape[0] <= halves[0].x.shape[1]
+    if few or torch._C._are_functorch_transforms_active():  # per-sample gradients, vmap: plainly
+        with as_given(x.device):
+            if few:
+                out = scale * by_rows(flat, halves, parameterization)
+                out = out.view(*x.shape[:-1], out.shape[-1])
+            else:
+                a, b, _ = low_rank_form(halves, parameterization)
+                out = scale * ((x @ b.to(x.dtype)) @ a.to(x.dtype).T)
+            for part in (base, bias, None if weight is None else x @ weight.T):
+                out = out if part is None else out + part
+        return out.to(x.dtype)
+    factors = [factor for half in halves for factor in half.tensors()]
     flat_base = None if base is None else base.reshape(-1, base.shape[-1]).to(x.dtype)
     result: Tensor = _KhatriRaoLinear.apply(  # type: ignore[no-untyped-call]
         parameterization, scale, keep_form, flat, flat_base, weight, bias, *factors
@@ -137,11 +145,53 @@ def linear(
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
+def by_rows(
+    x: Tensor, halves: Sequence[Half], parameterization: ParameterizationName = "fedpara"
+) -> Tensor:
+    """``x Wᵀ`` without A and B: cheaper while x has no more than r rows.
+
+        H = Y₁ᵀ diag(x) Y₂,   W x = rowsum((X₁ H) ⊙ X₂)      for each row x
+
+    The same multiplications as by the form, but r columns are written a row of x, not r² in all.
+
+    Args:
+        x: activations ``(T, N)``.
+        halves: matrix halves.
+        parameterization: the form of the weight.
+
+    Returns:
+        ``(T, M)``, in the wider dtype of x and the factors.
+    """
+    dtype = torch.promote_types(x.dtype, halves[0].x.dtype)
+    x, halves = x.to(dtype), [half.to(dtype) for half in halves]
+    first = halves[0]
+    if parameterization == "lowrank":
+        return (x @ first.y) @ first.x.T
+    second = halves[1]
+    h = (x.unsqueeze(2) * first.y).transpose(1, 2) @ second.y  # (T, r₁, r₂)
+    out = ((first.x @ h) * second.x).sum(2)
+    return out + (x @ first.y) @ first.x.T if parameterization == "pfedpara" else out
+
+
 class _KhatriRaoLinear(torch.autograd.Function):
-    """``base + x W₀ᵀ + bias + s (x B) Aᵀ``."""
+    """``base + x W₀ᵀ + bias + s (x B) Aᵀ``.
+
+    What runs in here is dispatched anew, autocast included, which would bring products to another
+    dtype than the sums around them: it is off, forward and backward.
+    """
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with as_given(args[3].device):
+            return _KhatriRaoLinear._forward(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with as_given(grad.device):
+            return _KhatriRaoLinear._backward(ctx, grad)
+
+    @staticmethod
+    def _forward(
         ctx: Any,
         parameterization: ParameterizationName,
         scale: float,
@@ -167,7 +217,7 @@ class _KhatriRaoLinear(torch.autograd.Function):
         return (h @ a.T) * scale if scale != 1 else h @ a.T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def _backward(ctx: Any, grad: Tensor) -> Any:
         x, h, weight, a, b, *factors = ctx.saved_tensors
         halves = _pairs(factors)
         if a is None or torch.is_grad_enabled():

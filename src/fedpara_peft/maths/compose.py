@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import RankError
 from .matmul import matmul
+from .precision import as_given
 from .rank import ParameterizationName
 
 Nonlinearity = Literal["tanh"] | None
@@ -98,7 +99,8 @@ def compose(
         base: tensor of the weight's shape to add it to, ``base + scale · W``; not modified.
 
     Returns:
-        ``(M, N)`` or ``(M, N, *kernel)``, dtype and device of the factors.
+        ``(M, N)`` or ``(M, N, *kernel)``, dtype and device of the factors, under autocast too.
+        float16 is composed in float32: a product of two small entries would vanish in it.
 
     Raises:
         RankError: the number of halves does not fit, or factors disagree on their shapes.
@@ -109,7 +111,23 @@ def compose(
         torch.Size([6, 5])
     """
     check_halves(halves, parameterization, nonlinearity)
+    dtype = halves[0].x.dtype
+    if dtype == torch.float16:
+        halves = [half.to(torch.float32) for half in halves]
+    with as_given(halves[0].x.device):
+        return _compose(halves, parameterization, nonlinearity, scale, base).to(dtype)
+
+
+def _compose(
+    halves: Sequence[Half],
+    parameterization: ParameterizationName,
+    nonlinearity: Nonlinearity,
+    scale: float,
+    base: Tensor | None,
+) -> Tensor:
     parts = [compose_half(h) for h in halves]
+    if base is not None and base.dtype != parts[0].dtype:
+        base = base.to(parts[0].dtype)
     if nonlinearity == "tanh":
         parts = [torch.tanh(p) for p in parts]
     if parameterization == "pfedpara":

@@ -16,7 +16,7 @@ def low_rank_form_is_cheaper(
     Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
     F = R (M + N) + R² K entries of the form:
 
-        form       (6 P + c) F  training,    2 P F  inference, where it is kept
+        form       (6 P + c) F  training,    (2 P + c min(1, P / r)) F  inference (by rows, few P)
         compose    (16 r + c) D  training,    (4 r + c) D  inference
                    + 2 P D  training,  + 0    inference    joined: one product with W₀ + ΔW
                    + 6 P D  training,  + 2 P D inference   otherwise
@@ -33,4 +33,4 @@ def low_rank_form_is_cheaper(
         composing = (16 * r + PASS_COST) * dense + (2 if joined else 6) * positions * dense
         return (6 * positions + PASS_COST) * form <= composing
     composing = (4 * r + PASS_COST) * dense + (0 if joined else 2) * positions * dense
-    return 2 * positions * form <= composing
+    return (2 * positions + PASS_COST * min(1.0, positions / r)) * form <= composing

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .compose import Half
+from .precision import as_given
 
 
 def jacobian_penalty(
@@ -21,7 +22,8 @@ def jacobian_penalty(
         R = ½ ‖W' - (W - η J_W)‖²_F        appendix of arXiv:2108.06098
 
     ``W'`` is composed from the factors after one SGD step of size η. ``J_W = ∂L/∂W`` and the
-    target ``W - η J_W`` are held constant; the factor steps are differentiated.
+    target ``W - η J_W`` are held constant; the factor steps are differentiated. In the weight's
+    dtype, under autocast too: half precision would round a small step away.
 
     Args:
         recompose: from halves to the weight W.
@@ -32,6 +34,16 @@ def jacobian_penalty(
     Returns:
         R, a scalar that can be differentiated with respect to the factors.
     """
+    with as_given(gradient.device):
+        return _penalty(recompose, halves, gradient, learning_rate)
+
+
+def _penalty(
+    recompose: Callable[[Sequence[Half]], Tensor],
+    halves: Sequence[Half],
+    gradient: Tensor,
+    learning_rate: float,
+) -> Tensor:
     factors = [factor for half in halves for factor in half.tensors()]
     weight = recompose(halves)
     gradient = gradient.detach().to(weight.dtype)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .precision import as_given, autocast_dtype
+
 # oneDNN's ``a @ wᵀ`` on plain tensors; private to PyTorch, hence found or not.
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -44,7 +46,7 @@ def _in_onednn(a: Tensor, b: Tensor) -> bool:
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in (a, b))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch._C._get_mkldnn_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and autocast_dtype(a.device) is None
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
@@ -65,4 +67,5 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, b = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad
-        return matmul(grad, b.T) if need_a else None, matmul(a.T, grad) if need_b else None
+        with as_given(grad.device):  # backward() may be called under autocast
+            return matmul(grad, b.T) if need_a else None, matmul(a.T, grad) if need_b else None

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel, helpers
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.model import _get_encoder
 from peft.tuners.mixed import model as _mixed
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -45,6 +46,7 @@ __all__ = [
     "WRAPPER_PREFIX",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "encoder_of",
     "find_minimal_names",
     "get_pattern_key",
     "hook_into_cards",
@@ -62,6 +64,7 @@ NAME = "fedpara"
 #: What ``PeftModel`` puts before the names of the model it wraps.
 WRAPPER_PREFIX = "base_model.model."
 DEFAULT_TARGETS: dict[str, Any] = dict(TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING)
+encoder_of = _get_encoder
 find_minimal_names = _find_minimal_target_modules
 in_out_features = _get_in_out_features
 is_key_under_prefixes = _is_key_under_prefixes

@@ -70,9 +70,7 @@ class FedParaConfig(PeftConfig):
         compute_path: how linear layers and convolutions apply the weight. ``"auto"`` takes the
             cheaper way by counted operations; ``"compose"`` always composes the weight;
             ``"khatri_rao"`` always applies its exact low-rank form, which tanh and grouped
-            convolutions do not have. Without gradients, in ``eval()``, the form is kept while the
-            factors stay as they are. Writing through ``factor.data`` in place cannot be seen: call
-            ``eval()`` or ``train()`` on the model after it.
+            convolutions do not have.
         local_modules: names or a regex of modules that stay on the client whole, as FedPer's last
             layers do; they are never saved or pushed.
 

@@ -7,11 +7,13 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..maths.apply import low_rank_form
+from ..maths.precision import as_given, compute_dtype
 from .config import ComputePath
 from .errors import ConfigError
 from .layer import inverted_mask
 from .plan import WeightShape
-from .product import ProductLayer, compute_dtype
+from .product import ProductLayer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -60,21 +62,32 @@ class Conv(ProductLayer):
     def _apply_form(
         self, x: Tensor, adapter_name: str, base: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
+        x = x.to(compute_dtype(x))
+        with as_given(x.device):
+            return self._chain(x, adapter_name, base, bias)
+
+    def _chain(
+        self, x: Tensor, adapter_name: str, base: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         base_layer, scale = self.get_base_layer(), self.scale_of(adapter_name)
         kernel = base_layer.kernel_size
-        x = x.to(compute_dtype(x))
-        a, b, core = self._low_rank_form(adapter_name, x.dtype)
+        form = low_rank_form(self.halves(adapter_name), self.specs[adapter_name].parameterization)
+        a, b = form.a.to(x.dtype), form.b.to(x.dtype)
         ones = [1] * len(kernel)
         pointwise = _CONV[len(kernel)]
-        if core is None:
+        if form.core is None:
             first = b.T.reshape(b.shape[1], -1, *kernel)
             h = base_layer._conv_forward(x, first, None)
         else:
             h = pointwise(x, b.T.reshape(*b.T.shape, *ones))
-            h = base_layer._conv_forward(h, core, None)
+            h = base_layer._conv_forward(h, form.core.to(x.dtype), None)
         bias = None if bias is None else bias.to(x.dtype)
         out = pointwise(h, (a * scale if scale != 1 else a).reshape(*a.shape, *ones), bias)
         return out if base is None else base + out
+
+    def _batch_size(self, x: Tensor) -> int | None:
+        batched = x.dim() == len(self.get_base_layer().kernel_size) + 2
+        return int(x.shape[0]) if batched else None
 
     def _drop_output_features(self, delta: Tensor, p: float) -> Tensor:
         spatial = len(self.get_base_layer().kernel_size)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..maths.compose import Half, compose
-from .errors import UnsupportedLayerError
 from .layer import FedParaLayer
 from .plan import WeightShape
 
@@ -17,7 +17,8 @@ class Embedding(FedParaLayer):
     """FedPara for lookup tables; only the rows that a batch looks up are composed.
 
     A fresh table has variance 1, as ``torch.nn.Embedding`` has. The row of ``padding_idx`` is zero
-    in a replaced table and untouched (ΔW = 0 there) over a frozen one.
+    in a replaced table and untouched (ΔW = 0 there) over a frozen one. ``scale_grad_by_freq`` holds
+    for the rows of ΔW as well. Gradients of factors are dense, also with ``sparse=True``.
     """
 
     kind = "embedding"
@@ -28,49 +29,74 @@ class Embedding(FedParaLayer):
         assert isinstance(base_layer, nn.Embedding)
         return {"weight": WeightShape(base_layer.num_embeddings, base_layer.embedding_dim)}
 
-    @classmethod
-    def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
-        """A table that renormalizes its rows in place has none to renormalize."""
-        if getattr(base_layer, "max_norm", None) is not None:
-            raise UnsupportedLayerError(
-                f"{key} has max_norm={base_layer.max_norm}, which rewrites rows of the table; "
-                "with base_weight='replaced' build the embedding without max_norm"
-            )
-
     @property
     def zero_row(self) -> int | None:
         """The padding row."""
         padding: int | None = self.get_base_layer().padding_idx
         return padding
 
+    @property
+    def feature_dim(self) -> int:
+        """A row of the table is an output."""
+        return 1
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Look up the base table and add the rows of every active adapter's ΔW."""
+        """Look up the base table and add the rows of every active adapter's ΔW.
+
+        ``adapter_names`` gives every sample its own adapter; see ``mixed_batch.py``.
+        """
+        if "adapter_names" in kwargs and not self.disable_adapters:
+            return self._forward_mixed(x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
         if self._base_alone():
             return self.base_layer(x, *args, **kwargs)
-        scale = self._get_embed_scale()  # Gemma's embeddings multiply what they look up
         adapters = self._adapters_to_run()
         if self.replaced:
-            rows = self._rows(x, next(iter(self.specs)))
-            return rows if scale is None else rows * scale.to(rows.dtype)
+            return self._rows(x, next(iter(self.specs)))
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in adapters:
             rows = self._rows(x, adapter_name)
-            if scale is not None:
-                rows = rows * scale.to(rows.dtype)
             p = self.specs[adapter_name].rank_dropout if self.training else 0.0
             result = result + (self._drop_output_features(rows, p) if p else rows)
         return result.to(dtype)
 
+    def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        return result + self._rows(x, adapter_name)
+
+    def _batch_size(self, x: Tensor) -> int | None:
+        return int(x.shape[0]) if x.dim() else None
+
     def _rows(self, ids: Tensor, adapter_name: str) -> Tensor:
         """Rows ``ids`` of the composed table: the factor X is looked up, Y is shared."""
+        base_layer, spec = self.get_base_layer(), self.specs[adapter_name]
         if self._recording is not None:
-            return F.embedding(ids, self.get_delta_weight(adapter_name))
-        spec = self.specs[adapter_name]
-        halves = [
-            Half(F.embedding(ids.reshape(-1), half.x), half.y) for half in self.halves(adapter_name)
-        ]
-        scale = self.scale_of(adapter_name)
-        rows = compose(halves, spec.parameterization, spec.nonlinearity, scale=scale)
-        rows = rows.view(*ids.shape, -1)
-        return rows if self.zero_row is None else rows * (ids != self.zero_row).unsqueeze(-1)
+            rows = F.embedding(ids, self.get_delta_weight(adapter_name))
+        else:
+            halves = [
+                Half(F.embedding(ids.reshape(-1), half.x), half.y)
+                for half in self.halves(adapter_name)
+            ]
+            factor = self.scale_of(adapter_name)
+            rows = compose(halves, spec.parameterization, spec.nonlinearity, scale=factor)
+            rows = rows.view(*ids.shape, -1)
+            if self.zero_row is not None:
+                rows = rows * (ids != self.zero_row).unsqueeze(-1)
+        if base_layer.scale_grad_by_freq and rows.requires_grad:
+            rows = _divide_gradient(rows, _frequency(ids).unsqueeze(-1).to(rows.dtype))
+        # Gemma's and BART's embeddings multiply what they look up.
+        scale = getattr(base_layer, "embed_scale", None)
+        return rows if scale is None else rows * torch.as_tensor(scale).to(rows)
+
+
+def _frequency(ids: Tensor) -> Tensor:
+    """How often each id stands in the batch."""
+    _, place, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    found: Tensor = counts[place]
+    return found
+
+
+def _divide_gradient(x: Tensor, divisor: Tensor) -> Tensor:
+    """The tensor itself, whose gradient comes back divided."""
+    constant = x.detach()
+    return constant + (x - constant) / divisor

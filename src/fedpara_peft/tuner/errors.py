@@ -27,6 +27,10 @@ class UnsupportedMethodError(FedParaError, AttributeError):
     """A method or helper of PEFT's is for other adapters than FedPara's."""
 
 
+class MixedBatchError(FedParaError, ValueError):
+    """``adapter_names`` names adapters for a batch that the model cannot run that way."""
+
+
 class CheckpointError(FedParaError, ValueError):
     """A saved adapter or local state does not fit the model it is loaded into."""
 

@@ -7,23 +7,25 @@ weights and its forward pass.
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..maths.compose import Half, Nonlinearity, add_composed_, compose
+from ..maths.compose import Half, Nonlinearity, compose
 from ..maths.init import factor_std, fill_normal, half_variances, identity_start_std
 from ..maths.rank import ParameterizationName
 from ._peft import in_out_features, quantization_backend_of
 from .config import ComputePath, FedParaConfig
 from .errors import ReplacedWeightError
+from .merged import MergedLayer
+from .mixed_batch import BASE, UnreadableWeight, check_names
 from .plan import WeightPlan, WeightShape
+from .scaled import ScaledLayer
 
 #: Containers of the factors, per half in the order x, y, t; each maps adapter to weight to factor.
 #: No name ends in a digit: PEFT matches ``modules_to_save`` by the end of a name.
@@ -65,7 +67,7 @@ class ComposedWeight:
     recompose: Callable[[Sequence[Half]], Tensor]
 
 
-class FedParaLayer(nn.Module, BaseTunerLayer):
+class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
     """A layer whose weights are factorized.
 
     Args:
@@ -104,11 +106,15 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self._zeroed: dict[str, tuple[float, int]] = {}
         self.specs: dict[str, AdapterSpec] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._merged_scales: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
         self._fresh_local: set[str] = set()
+        self._trained: set[str] | None = None  # factors to train again when adapters come back on
+        self._in_mixed_batch: str | None = None  # the layer's name while it is
         self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, plans=plans, alpha=alpha)
@@ -143,6 +149,11 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
     def zero_row(self) -> int | None:
         """A row of the composed weight that counts as zero."""
         return None
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the base layer's weight that runs over the layer's output features."""
+        return 0
 
     def bias_names(self) -> tuple[str, ...]:
         """Names of the base layer's bias parameters."""
@@ -257,52 +268,57 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight; composed where it has been replaced."""
-        if self.replaced and not self.merged:
-            return self.get_delta_weight(next(iter(self.specs)))
-        return super().weight
+        """The weight that the layer applies, with its adapters in it; differentiable.
 
-    def free_base_weights(self) -> None:
-        """Drop the dense weights that composed ones replace, and the memory with them."""
-        for name in next(iter(self.specs.values())).plans:
-            setattr(self.get_base_layer(), name, None)
+        Some models read it instead of calling the layer: ``nn.TransformerEncoder`` in inference,
+        Mamba's kernels. It is composed anew at each reading. A quantized weight is the base
+        layer's own: what reads it wants the packed numbers.
+        """
+        return self.effective_weight()
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the composed weight into the base layer.
-
-        Args:
-            safe_merge: refuse, with nothing changed, a result that is not finite.
-            adapter_names: adapters to merge; all active ones by default.
+    def effective_weight(self, name: str = "weight") -> Tensor:
+        """The weight of this name that the layer applies; see :attr:`weight`.
 
         Raises:
-            ValueError: ``safe_merge`` found NaN or infinity.
+            MixedBatchError: something is computed with it while every sample has its own adapter.
         """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.specs:
-                continue
-            names = list(self.specs[adapter_name].plans)
-            merged = {name: self._merged(adapter_name, name, safe_merge) for name in names}
-            for name, weight in merged.items():
-                self._set_base_tensor(name, weight)
-            self.merged_adapters.append(adapter_name)
+        if self.replaced and not self.merged:
+            return self._noting_gradients(next(iter(self.specs)), name)
+        base: Tensor = super().weight if name == "weight" else getattr(self.get_base_layer(), name)
+        if self._in_mixed_batch is not None:
+            return UnreadableWeight.like(base, self._in_mixed_batch)
+        if self._base_alone() or self.quantization_backend is not None:
+            return base
+        names = [n for n in self._unmerged() if name in self.specs[n].plans]
+        return self._plus_deltas(base, name, self._kept(names), self._noting_gradients)
 
-    def unmerge(self) -> None:
-        """Take the merged adapters out of the base layer again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self.replaced:
-            self.free_base_weights()
-            self.merged_adapters.clear()
-            return
-        while self.merged_adapters:
-            adapter_name = self.merged_adapters.pop()
-            if adapter_name not in self.specs:
-                continue
-            for name in self.specs[adapter_name].plans:
-                base = self._get_base_tensor(name)
-                self._add_composed_(base, adapter_name, name, -self.scale_of(adapter_name))
-                self._set_base_tensor(name, base)
+    def _plus_deltas(
+        self,
+        base: Tensor,
+        name: str,
+        adapters: Iterable[str],
+        delta_of: Callable[[str, str], Tensor],
+    ) -> Tensor:
+        """A base weight with the adapters' ΔW on it, dropped output features left out."""
+        total = base
+        for adapter_name in adapters:
+            delta = delta_of(adapter_name, name)
+            p = self.specs[adapter_name].rank_dropout if self.training else 0.0
+            if p:
+                mask = inverted_mask(delta, delta.shape[self.feature_dim], p)
+                ones = [1] * (delta.dim() - self.feature_dim - 1)
+                delta = delta * mask.view(-1, *ones)
+            total = total + delta
+        return total.to(base.dtype)
+
+    def _noting_gradients(self, adapter_name: str, name: str) -> Tensor:
+        """ΔW; once a gradient comes back to it, the personal half is no longer as it was drawn."""
+        delta = self.get_delta_weight(adapter_name, name)
+        if delta.requires_grad and self.training and adapter_name in self._fresh_local:
+            delta.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._fresh_local.discard(adapter_name)
+            )
+        return delta
 
     # Forward.
 
@@ -311,49 +327,83 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
         return delta * inverted_mask(delta, delta.shape[-1], p)
 
     def _base_alone(self) -> bool:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        return self.disable_adapters or self.merged
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return True
+        return self.merged and not self._unmerged()
 
-    def _adapters_to_run(self) -> list[str]:
-        names = [name for name in self.active_adapters if name in self.specs]
+    def _unmerged(self) -> list[str]:
+        """The active adapters that the base weight does not hold already."""
+        merged = self.merged_adapters
+        return [n for n in self.active_adapters if n in self.specs and n not in merged]
+
+    def _kept(self, names: list[str]) -> list[str]:
+        """The adapters that module dropout leaves in."""
         if not self.training:
             return names
-        if self._fresh_local:
-            self._fresh_local.difference_update(names)
         return [n for n in names if not _chance(self.specs[n].module_dropout)]
+
+    def _adapters_to_run(self) -> list[str]:
+        names = self._unmerged()
+        if self.training and self._fresh_local:
+            self._fresh_local.difference_update(names)
+        return self._kept(names)
+
+    def _forward_mixed(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
+    ) -> Tensor:
+        """The base layer's output, and on each sample's the ΔW of that sample's adapter."""
+        check_names(self, adapter_names, self._batch_size(x))
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name != BASE and name in self.specs:
+                at = [i for i, other in enumerate(adapter_names) if other == name]
+                index = torch.tensor(at, device=result.device)
+                part = self._with_delta(result[index], x[index.to(x.device)], name)
+                result = result.index_copy(0, index, part.to(result.dtype))
+        return result
+
+    def _batch_size(self, x: Any) -> int | None:
+        """Samples in an input, None where it is not batched."""
+        return int(x.shape[0]) if x.dim() > 1 else None
+
+    def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """``result`` with what one adapter adds to it, in inference."""
+        raise NotImplementedError
 
     # What PEFT expects of a layer.
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scale of an adapter to ``scale · alpha / r``."""
-        if adapter in self.specs:
-            self._refuse_if_replaced("set_scale", "a replaced weight has no W₀ to scale against")
-            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
-        for name in self.active_adapters:
-            if scale != 1 and name in self.specs:
-                self._refuse_if_replaced("scale_layer", "there is no W₀ to scale against")
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo :meth:`scale_layer`; without ``scale`` go back to ``alpha / r``."""
-        for name in self.active_adapters:
-            if name in self.specs:
-                if scale is None:
-                    self.scaling[name] = self.alpha[name] / self.r[name]
-                else:
-                    self.scaling[name] /= scale
-
     def enable_adapters(self, enabled: bool) -> None:
-        """Turn the adapters on or off; a replaced weight cannot be turned off."""
+        """Turn the adapters on or off; a replaced weight cannot be turned off.
+
+        Back on, they train again if they did before: PEFT itself would train adapters that were
+        loaded for inference.
+        """
+        if enabled == (not self.disable_adapters):
+            return
         if not enabled:
             self._refuse_if_replaced(
                 "disabling adapters", "the factors are the weight; build the plain model instead"
             )
-        super().enable_adapters(enabled)
+            self._trained = {name for name, p in self._factors() if p.requires_grad}
+            super().enable_adapters(False)
+            return
+        trained, self._trained = self._trained, None
+        super().enable_adapters(True)
+        if trained is not None:
+            for name, factor in self._factors():
+                factor.requires_grad_(name in trained)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters, which train unless ``inference_mode``."""
+        self._trained = None
+        super().set_adapter(adapter_names, inference_mode)
+
+    def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for container in self.adapter_layer_names:
+            for name, factor in getattr(self, container).named_parameters():
+                yield f"{container}.{name}", factor
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; a replaced weight cannot be removed."""
@@ -362,6 +412,7 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
                 "delete_adapter", "the factors are the weight; use merge_and_unload() first"
             )
         super().delete_adapter(adapter_name)
+        self._zeroed.pop(adapter_name, None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may approximate this adapter by a LoRA: matrices over a frozen weight."""
@@ -424,53 +475,6 @@ class FedParaLayer(nn.Module, BaseTunerLayer):
             return identity_start_std(plan.r, fan_in, spec.parameterization, kernel=kernel)
         variances = half_variances(plan.shape.variance, spec.parameterization, spec.nonlinearity)
         return factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
-
-    @torch.no_grad()
-    def _merged(self, adapter_name: str, name: str, safe: bool) -> Tensor:
-        """The base weight with the composed one in it; in place unless it shall be checked."""
-        spec = self.specs[adapter_name]
-        if spec.replaced:
-            x = self.halves(adapter_name, name)[0].x
-            shape = spec.plans[name].shape
-            size = (shape.out_features, shape.in_features, *shape.kernel)
-            size = size[::-1] if self.transposed else size
-            weight = torch.zeros(size, dtype=x.dtype, device=x.device)
-        else:
-            weight = self._get_base_tensor(name)
-            weight = weight.clone() if safe else weight
-        self._add_composed_(weight, adapter_name, name, self.scale_of(adapter_name))
-        if safe and not torch.isfinite(weight).all():
-            raise ValueError(
-                "NaNs detected in the merged weights. The adapter "
-                f"{adapter_name} seems to be broken"
-            )
-        return weight
-
-    def _add_composed_(self, weight: Tensor, adapter_name: str, name: str, scale: float) -> None:
-        spec = self.specs[adapter_name]
-        add_composed_(
-            weight.T if self.transposed else weight,
-            self.halves(adapter_name, name),
-            spec.parameterization,
-            spec.nonlinearity,
-            scale=scale,
-            zero_row=self.zero_row,
-        )
-
-    def _get_base_tensor(self, name: str) -> Tensor:
-        if name == "weight":
-            return self.get_base_weight()
-        return getattr(self.get_base_layer(), name).data
-
-    def _set_base_tensor(self, name: str, value: Tensor) -> None:
-        base_layer = self.get_base_layer()
-        if self.replaced:
-            setattr(base_layer, name, nn.Parameter(value))
-        elif name == "weight":
-            self.set_base_weight(value)
-        else:
-            if value is not (data := getattr(base_layer, name).data):
-                data.copy_(value)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # Recurrent layers have no `weight`, and a freed one says nothing.

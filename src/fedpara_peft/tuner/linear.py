@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..maths.apply import linear
+from ..maths.precision import compute_dtype
 from .plan import WeightShape
-from .product import ProductLayer, compute_dtype
+from .product import ProductLayer
 
 
 class Linear(ProductLayer):
@@ -31,6 +31,11 @@ class Linear(ProductLayer):
         """Transformers' Conv1D keeps its weight as ``(N, M)``."""
         return isinstance(self.get_base_layer(), Conv1D)
 
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the base layer's weight that runs over the layer's output features."""
+        return 1 if self.transposed else 0
+
     def _positions(self, x: Tensor) -> int:
         return x.numel() // x.shape[-1]
 
@@ -46,16 +51,14 @@ class Linear(ProductLayer):
     def _apply_form(
         self, x: Tensor, adapter_name: str, base: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        spec, scale = self.specs[adapter_name], self.scale_of(adapter_name)
+        spec = self.specs[adapter_name]
         x = x.to(compute_dtype(x))
-        if torch.is_grad_enabled() or self.training:
-            halves = self.halves(adapter_name)
-            bias = None if bias is None else bias.to(x.dtype)
-            name, keep = spec.parameterization, spec.replaced
-            return linear(x, halves, name, scale, base=base, bias=bias, keep_form=keep)
-        form = self._low_rank_form(adapter_name, x.dtype)
-        delta = F.linear(F.linear(x, form.b.T), form.a)
-        base = bias if base is None else base
-        if base is None:
-            return delta if scale == 1 else delta * scale
-        return torch.add(base, delta, alpha=scale)
+        return linear(
+            x,
+            self.halves(adapter_name),
+            spec.parameterization,
+            self.scale_of(adapter_name),
+            base=base,
+            bias=None if bias is None else bias.to(x.dtype),
+            keep_form=spec.replaced,
+        )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from ._peft import (
     DEFAULT_TARGETS,
     DUMMY_TARGET_MODULES,
+    AuxiliaryTrainingWrapper,
     is_excluded,
     is_key_under_prefixes,
 )
@@ -33,6 +37,7 @@ from .errors import (
     UnsupportedMethodError,
 )
 from .layer import FedParaLayer
+from .mixed_batch import each_sample_its_adapter
 from .names import saved_name
 from .plan import WeightPlan, alpha_for, plan_layer
 from .scope import local_tensors
@@ -44,8 +49,11 @@ from .targets import (
     resolve_targets,
     shared_parameters,
     supported_class,
+    untie,
     warn_of_unmatched_names,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Methods of PEFT's LoRA that nobody else has, and what to do instead.
 _INSTEAD_OF = {
@@ -77,6 +85,11 @@ class FedParaModel(BaseTuner):
     tuner_layer_cls = FedParaLayer
     target_module_mapping = DEFAULT_TARGETS
     training_facts: Mapping[str, str] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # modules_to_save whose adapters are off: what was active, what did not train
+        self._frozen_in_heads: dict[AuxiliaryTrainingWrapper, tuple[Any, list[nn.Parameter]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """As PEFT's: the wrapped model's attributes, but for the methods that only LoRA has."""
@@ -218,6 +231,71 @@ class FedParaModel(BaseTuner):
             for module in model.modules():
                 if isinstance(module, FedParaLayer):
                     module.free_base_weights()
+        elif not config.inference_mode:
+            _warn_of_moving_statistics(model)
+
+    # In use.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What ``PeftModel`` opens around ``forward`` and ``generate``: see ``mixed_batch.py``."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, FedParaLayer)}
+        settings = kwargs.get("generation_config")  # generate() repeats its samples
+        repeats = [
+            kwargs.get(option) or getattr(settings, option, None) or 1
+            for option in ("num_beams", "num_return_sequences")
+        ]
+        with each_sample_its_adapter(self.model, layers, names, max(repeats)):
+            yield
+
+    def disable_adapter_layers(self) -> None:
+        """Turn the adapters off; see PEFT's ``BaseTuner.disable_adapter_layers``."""
+        self._note_frozen_heads()
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """Turn the adapters on; what did not train before is not trained by that.
+
+        PEFT would train the ``modules_to_save`` of an adapter that was loaded for inference. (A
+        factorized layer sees to itself.)
+        """
+        self._note_frozen_heads()
+        super().enable_adapter_layers()
+        for head, (active, frozen) in self._frozen_in_heads.items():
+            if active == head.active_adapters:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+        self._frozen_in_heads.clear()
+
+    def _note_frozen_heads(self) -> None:
+        for head in self._heads():
+            if not head.disable_adapters:
+                frozen = [p for p in head.parameters() if not p.requires_grad]
+                self._frozen_in_heads[head] = (copy.copy(head.active_adapters), frozen)
+
+    def _heads(self) -> list[AuxiliaryTrainingWrapper]:
+        return [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Write composed weights into the base layers; see PEFT's ``BaseTuner.merge_adapter``.
+
+        A base weight that another module shares (a tied head) is copied first: the adapter was not
+        on that module before either.
+        """
+        untie(self.model)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            untie(self.model)
+        model: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; a replaced weight cannot be removed.
@@ -345,3 +423,22 @@ def _refuse_lost_layers(model: nn.Module, adapter_name: str, others: list[str]) 
                     f"PEFT would leave {name} out of adapter {adapter_name!r}, because another "
                     f"adapter is called {min(taken)!r} as a module is: give that one another name"
                 )
+
+
+def _warn_of_moving_statistics(model: nn.Module) -> None:
+    """Say that batch norms move under a frozen base, and that the adapter does not hold them."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.running_mean is not None
+        and not any(isinstance(m, AuxiliaryTrainingWrapper) for m in ancestors(model, name))
+    ]
+    if moving:
+        logger.warning(
+            "%d batch norms, first %s, go on moving their running statistics in training, though "
+            "the base is frozen, and the adapter is saved without them: keep them in eval() while "
+            "training, or put them into modules_to_save",
+            len(moving),
+            moving[0],
+        )

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..maths.apply import LowRankForm, form_rank, has_low_rank_form, low_rank_form
+from ..maths.apply import form_rank, has_low_rank_form
 from ..maths.cost import low_rank_form_is_cheaper
+from ..maths.precision import autocast_dtype, output_dtype
 from .errors import UnsupportedLayerError
 from .layer import FedParaLayer
 
@@ -22,13 +23,14 @@ from .layer import FedParaLayer
 class ProductLayer(FedParaLayer):
     """Base of linear layers and convolutions."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # adapter -> (what it was made from, form); used in inference only
-        self._forms: dict[str, tuple[Any, LowRankForm]] = {}
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone."""
+        """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone.
+
+        ``adapter_names`` gives every sample its own adapter; see ``mixed_batch.py``.
+        """
+        if "adapter_names" in kwargs and not self.disable_adapters:
+            return self._forward_mixed(x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
         if self._base_alone():
             return self.base_layer(x, *args, **kwargs)
         adapters = self._adapters_to_run()
@@ -43,23 +45,6 @@ class ProductLayer(FedParaLayer):
         for adapter in adapters:
             result = self._add_delta(result, x, adapter)
         return result.to(dtype)
-
-    # Forms kept for inference are dropped where they would be stale, or memory that nobody uses.
-
-    def train(self, mode: bool = True) -> ProductLayer:
-        """Set the training mode."""
-        self._forms.clear()
-        return super().train(mode)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the composed weight into the base layer; see :meth:`FedParaLayer.merge`."""
-        super().merge(safe_merge, adapter_names)
-        self._forms.clear()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; a replaced weight cannot be removed."""
-        super().delete_adapter(adapter_name)
-        self._forms.pop(adapter_name, None)
 
     # What a layer kind says about itself.
 
@@ -98,7 +83,7 @@ class ProductLayer(FedParaLayer):
     def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
         bias = self.get_base_layer().bias
         if self._takes_form(x, adapter_name, joined=False):
-            return self._apply_form(x, adapter_name, None, bias).to(_output_dtype(x))
+            return self._apply_form(x, adapter_name, None, bias).to(output_dtype(x))
         weight = self.get_delta_weight(adapter_name)
         return self._apply_weight(x, weight.to(x.dtype), bias)
 
@@ -112,6 +97,9 @@ class ProductLayer(FedParaLayer):
         halves = self.halves(adapter_name)
         weight = self._compose(adapter_name, "weight", halves, base=base_layer.weight)
         return self._apply_weight(x, weight, base_layer.bias)
+
+    def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        return self._add_delta(result, x, adapter_name)
 
     def _add_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         p = self.specs[adapter_name].rank_dropout if self.training else 0.0
@@ -127,6 +115,7 @@ class ProductLayer(FedParaLayer):
     def _takes_form(self, x: Tensor, adapter_name: str, *, joined: bool) -> bool:
         spec = self.specs[adapter_name]
         possible = has_low_rank_form(spec.nonlinearity) and self._form_is_possible()
+        possible = possible and not x.is_nested  # ragged: no rows to count, no view to take
         if not possible or self._recording is not None or spec.compute_path == "compose":
             return False
         if spec.compute_path == "khatri_rao":
@@ -157,54 +146,9 @@ class ProductLayer(FedParaLayer):
                 # A half-precision sum would round away what a small ΔW changes.
                 weight.dtype in (torch.float32, torch.float64)
                 and weight.dtype == x.dtype == self.halves(adapter_name)[0].x.dtype
-                and not torch.is_autocast_enabled(x.device.type)
+                and autocast_dtype(x.device) is None
                 and not (self.training and spec.rank_dropout)
                 and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)
                 and not hasattr(base_layer, "_hf_hook")
             )
         return False
-
-    def _low_rank_form(self, adapter_name: str, dtype: torch.dtype) -> LowRankForm:
-        """The low-rank form in a dtype; kept in inference while the factors stay what they are.
-
-        Replaced factors and in-place changes are seen, the latter by the tensors' version counters.
-        Writing into ``.data`` in place goes past them; see ``FedParaConfig.compute_path``.
-        """
-        halves, name = self.halves(adapter_name), self.specs[adapter_name].parameterization
-        factors = [factor for half in halves for factor in half.tensors()]
-        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not keep or any(f.is_inference() for f in factors):
-            return _cast(low_rank_form(halves, name), dtype)
-        made_from, form = self._forms.get(adapter_name, (None, None))
-        state = (dtype, [(f, (f._version, f.data_ptr())) for f in factors])
-        if form is None or not _same(made_from, state):
-            form = _cast(low_rank_form(halves, name), dtype)
-            self._forms[adapter_name] = (state, form)
-        return form
-
-
-def _cast(form: LowRankForm, dtype: torch.dtype) -> LowRankForm:
-    return LowRankForm(*(None if t is None else t.to(dtype) for t in form))  # type: ignore[arg-type]
-
-
-def _same(one: Any, other: Any) -> bool:
-    return (
-        one is not None
-        and one[0] == other[0]
-        and all(a is b and v == w for (a, v), (b, w) in zip(one[1], other[1], strict=True))
-    )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products with x run: autocast's, else x's; float16 in float32.
-
-    bfloat16 has float32's range. float16 has not, and x B may leave it.
-    """
-    dtype = _output_dtype(x)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype

@@ -43,7 +43,7 @@ def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
     # The output projection of MultiheadAttention: its parent reads the weight and never calls it.
     if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    if _own_use_of_weight(base_layer) is not None:
+    if _own_use_of_weight(base_layer) is not None or _rewrites_its_weight(base_layer):
         return None
     for classes, layer_cls in LAYER_KINDS:
         # Transposed convolutions are no subclass of these, quantized linear layers may be.
@@ -93,6 +93,11 @@ def _computed(module: nn.Module, kind: Literal["weight", "bias"]) -> list[str]:
     missing = [name for name in names if name not in held and hasattr(module, name)]
     # Another library's quantized layer keeps its weight as it likes.
     return missing if not missing or quantization_backend_of(module) is None else []
+
+
+def _rewrites_its_weight(module: nn.Module) -> bool:
+    """Whether rows of a table are renormalized in place: of W₀ alone, where W₀ + ΔW was meant."""
+    return isinstance(module, nn.Embedding) and module.max_norm is not None
 
 
 def resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
@@ -178,6 +183,11 @@ def supported_class(target: nn.Module, key: str = "") -> type[FedParaLayer]:
         reason = "transposed convolutions are not factorized"
     elif (own_use := _own_use_of_weight(base_layer)) is not None:
         reason = f"it does not use its weight as it is ({own_use})"
+    elif _rewrites_its_weight(base_layer):
+        reason = (
+            f"it has max_norm={base_layer.max_norm}, which rewrites rows of the table; build the "
+            "embedding without max_norm"
+        )
     else:
         reason = "FedPara has no form for it"
     shown = f"{key} ({type(base_layer).__name__})" if key else type(base_layer).__name__
@@ -212,6 +222,19 @@ def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of parameters that several modules hold."""
     count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {key for key, number in count.items() if number > 1}
+
+
+def untie(model: nn.Module) -> None:
+    """Give every factorized layer a base weight of its own, where another module shares it."""
+    shared = shared_parameters(model)
+    for module in model.modules():
+        if isinstance(module, FedParaLayer) and module.quantization_backend is None:
+            base_layer = module.get_base_layer()
+            for name in {name for spec in module.specs.values() for name in spec.plans}:
+                weight = getattr(base_layer, name)
+                if id(weight) in shared:
+                    own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                    setattr(base_layer, name, own)
 
 
 def ancestors(model: nn.Module, key: str) -> list[nn.Module]:

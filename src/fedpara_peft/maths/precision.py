@@ -1,0 +1,41 @@
+"""In which dtype things are computed, under autocast and beside it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast brings products to on a device, None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def as_given(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products run in the dtype of their operands, whatever autocast says."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a plain layer's product with x: autocast's, else x's.
+
+    Autocast leaves float64 alone.
+    """
+    wanted = autocast_dtype(x.device)
+    return x.dtype if wanted is None or x.dtype == torch.float64 else wanted
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the low-rank form meets x: the output's, but float32 for float16.
+
+    bfloat16 has float32's range. float16 has not, and ``x B`` may leave it.
+    """
+    dtype = output_dtype(x)
+    return torch.float32 if dtype == torch.float16 else dtype

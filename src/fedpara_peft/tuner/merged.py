@@ -1,0 +1,111 @@
+"""Writing composed weights into the base layer, and taking them out again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..maths.compose import add_composed_
+
+
+class MergedLayer:
+    """Part of :class:`~fedpara_peft.tuner.layer.FedParaLayer`: merging, and freeing W₀."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def free_base_weights(self) -> None:
+        """Drop the dense weights that composed ones replace, and the memory with them."""
+        for name in next(iter(self.specs.values())).plans:
+            setattr(self.get_base_layer(), name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the composed weight into the base layer.
+
+        Args:
+            safe_merge: refuse, with nothing changed, a result that is not finite.
+            adapter_names: adapters to merge; all active ones by default.
+
+        Raises:
+            ValueError: ``safe_merge`` found NaN or infinity.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.specs:
+                continue
+            names = list(self.specs[adapter_name].plans)
+            merged = {name: self._merged(adapter_name, name, safe_merge) for name in names}
+            for name, weight in merged.items():
+                self._set_base_tensor(name, weight)
+            self.merged_adapters.append(adapter_name)
+            self._merged_scales[adapter_name] = self.scale_of(adapter_name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base layer again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.replaced:
+            self.free_base_weights()
+            self.merged_adapters.clear()
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            if adapter_name not in self.specs:
+                continue
+            scale = self._merged_scales.pop(adapter_name)  # it may have been set anew since
+            for name in self.specs[adapter_name].plans:
+                base = self._get_base_tensor(name)
+                self._add_composed_(base, adapter_name, name, -scale)
+                self._set_base_tensor(name, base)
+
+    @torch.no_grad()
+    def _merged(self, adapter_name: str, name: str, safe: bool) -> Tensor:
+        """The base weight with the composed one in it; in place unless it shall be checked."""
+        spec = self.specs[adapter_name]
+        if spec.replaced:
+            x = self.halves(adapter_name, name)[0].x
+            shape = spec.plans[name].shape
+            size = (shape.out_features, shape.in_features, *shape.kernel)
+            size = size[::-1] if self.transposed else size
+            weight = torch.zeros(size, dtype=x.dtype, device=x.device)
+        else:
+            weight = self._get_base_tensor(name)
+            weight = weight.clone() if safe else weight
+        self._add_composed_(weight, adapter_name, name, self.scale_of(adapter_name))
+        if safe and not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(
+                "NaNs detected in the merged weights. The adapter "
+                f"{adapter_name} seems to be broken"
+            )
+        return weight
+
+    def _add_composed_(self, weight: Tensor, adapter_name: str, name: str, scale: float) -> None:
+        spec = self.specs[adapter_name]
+        add_composed_(
+            weight.T if self.transposed else weight,
+            self.halves(adapter_name, name),
+            spec.parameterization,
+            spec.nonlinearity,
+            scale=scale,
+            zero_row=self.zero_row,
+        )
+
+    def _get_base_tensor(self, name: str) -> Tensor:
+        if name == "weight":
+            return self.get_base_weight()
+        return getattr(self.get_base_layer(), name).data
+
+    def _set_base_tensor(self, name: str, value: Tensor) -> None:
+        base_layer = self.get_base_layer()
+        if self.replaced:
+            setattr(base_layer, name, nn.Parameter(value))
+        elif name == "weight":
+            self.set_base_weight(value)
+        else:
+            if value is not (data := getattr(base_layer, name).data):
+                data.copy_(value)
