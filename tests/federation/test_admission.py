@@ -209,7 +209,7 @@ def test_a_local_head_that_is_not_finite_is_never_stored(tmp_path, strategy, cap
     assert "client 'ward b': payload refused (not_finite): the local part" in caplog.text
     assert "first head.weight" in caplog.text
     assert [r.uplink_bytes for r in history] == [0, 0]
-    assert all(run.client_state(i) is None for i in range(3))
+    assert all(run.client_state(name) is None for name in WARDS)
 
 
 def test_a_strategys_state_that_is_not_finite_is_never_stored(tmp_path, caplog):
@@ -221,7 +221,7 @@ def test_a_strategys_state_that_is_not_finite_is_never_stored(tmp_path, caplog):
     history = run.train()
     assert history[0].refused == tuple((n, "not_finite") for n in WARDS)
     assert "the kept sum is not finite" in caplog.text
-    assert all(run.client_state(i) is None for i in range(3))
+    assert all(run.client_state(name) is None for name in WARDS)
 
 
 def test_a_client_whose_stored_state_is_broken_starts_anew(caplog):
