@@ -86,13 +86,14 @@ def spoilt(
     end = run._local.end  # where either engine's clients come to
 
     def spoilt_end(*args: Any) -> Any:
-        update, state = end(*args)
+        trained = end(*args)
+        update = trained.update
         if update.client in clients:
             groups = update.extra if beside else {"update": update.update}
             spoilt = {g: {n: change(t) for n, t in s.items()} for g, s in groups.items()}
             parts: dict[str, Any] = {"extra": spoilt} if beside else spoilt
             update = dataclasses.replace(update, **parts)
-        return update, state
+        return dataclasses.replace(trained, update=update)
 
     run._local.end = spoilt_end  # type: ignore[method-assign]
     return run

@@ -11,7 +11,7 @@ from safetensors.torch import load
 
 from fedpara_peft import PayloadError
 from fedpara_peft.comm.ledger import Ledger
-from fedpara_peft.comm.payload import Format
+from fedpara_peft.comm.payload import Format, is_finite
 from fedpara_peft.comm.schema import schema_of
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64])
@@ -52,6 +52,17 @@ def test_views_and_transposes_survive():
     back = decode(encode(state).data, schema_of(state))
     assert torch.equal(back["t"], base.T)
     assert torch.equal(back["v"], base[:, 1:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.complex64])
+def test_large_values_are_finite_though_their_norm_is_not(dtype):
+    large = torch.full((50,), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(large)
+    assert torch.equal(decode(encode({"x": large}).data, schema_of({"x": large}))["x"], large)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        large[7] = bad
+        assert not is_finite(large)
+    assert is_finite(torch.zeros(0, dtype=dtype))
 
 
 STATE = {"a": torch.randn(3, 2), "b": torch.tensor(7)}

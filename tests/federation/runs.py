@@ -52,7 +52,7 @@ VARIANTS = {
     "batched": {"engine": "batched"},
     # Runs are compared with each other: the noise's seed, secret and drawn anew for each, is given.
     "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1, "dp_noise_seed": 7},
-    "diverge": {"learning_rate": 1e30},
+    "diverge": {"learning_rate": 1e30, "quorum": 0.5},
 }  # fmt: skip
 PARAMETERIZATIONS = ("dense", "lowrank", "fedpara", "pfedpara")
 

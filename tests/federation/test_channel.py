@@ -108,8 +108,10 @@ def poisoned(run, bad, clients=(1, 3)):
     train = run._local.train
 
     def turn(client, *args):
-        update, state = train(client, *args)
-        return (bad(update) if client in clients else update), state
+        trained = train(client, *args)
+        if client not in clients:
+            return trained
+        return dataclasses.replace(trained, update=bad(trained.update))
 
     run._local.train = turn
     return run
@@ -136,7 +138,7 @@ def test_bad_updates_are_refused_by_name_and_the_round_goes_on(
     history = run.train()
     for report in history:
         assert report.refused == ((1, reason), (3, reason))
-    assert "client 1" in caplog.text or "payload refused" in caplog.text
+    assert f"round 2, client 3: payload refused ({reason}): the update" in caplog.text
     assert all(p.isfinite().all() for p in run.model.parameters())
     assert History.load(tmp_path / "history.json") == history
 
@@ -155,7 +157,7 @@ def test_what_a_strategy_sends_beside_the_update_is_checked_alike(
     run = trainer(tmp_path, None, Scaffold(), clients_per_round=5, num_rounds=2, **settings)
     for report in poisoned(run, bad).train():
         assert report.refused == ((1, reason), (3, reason))
-    assert "the control of client 1" in caplog.text
+    assert f"client 1: payload refused ({reason}): the control" in caplog.text
 
 
 def test_quorum(tmp_path):
@@ -174,11 +176,9 @@ def test_robust_means_hold_against_one_of_five(tmp_path, aggregation):
     )
     history = robust.train()
     plain = poisoned(trainer(tmp_path / "p", **settings), changed(-30.0), {1})
-    try:
-        plain_loss = plain.train()[-1].train_loss
-    except RoundError:
-        plain_loss = float("inf")
-    assert history[-1].train_loss < history[0].train_loss < plain_loss
+    plain_loss = plain.train()[-1].train_loss  # None once every client diverges
+    assert history[-1].train_loss < history[0].train_loss
+    assert plain_loss is None or plain_loss > history[0].train_loss
 
 
 def test_trimmed_means_against_sorting_by_hand():
@@ -307,13 +307,13 @@ def test_residuals_are_sent_along_the_next_time(tmp_path):
     meant, arrived = {}, {}
     uplink = run._channel.uplink
 
-    def watched(update, state, round, **more):
-        received, state, payload = uplink(update, state, round, **more)
+    def watched(update, residual, round, **how):
+        sent = uplink(update, residual, round, **how)
         for name, tensor in update.update.items():
             key = (update.client, name)
             meant[key] = meant.get(key, 0) + tensor.double()
-            arrived[key] = arrived.get(key, 0) + received.update[name].double()
-        return received, state, payload
+            arrived[key] = arrived.get(key, 0) + sent.received.update[name].double()
+        return sent
 
     run._channel.uplink = watched
     history = run.train()

@@ -20,6 +20,7 @@ from fedpara_peft import (
     ArgumentsError,
     FedAdam,
     FedAvg,
+    FedDyn,
     FederatedTrainer,
     History,
     LocalOnly,
@@ -147,8 +148,12 @@ def assert_same_clients(tmp_path, trainer):
             DiskStore(run_folder(tmp_path, client)).get(client),
             trainer.client_state(client),
         )
-        for part in ("local", "residual"):
-            found, expected = getattr(ours, part), getattr(theirs, part)
+        groups = {*ours.strategy, *theirs.strategy}
+        for found, expected in [
+            (ours.local, theirs.local),
+            (ours.residual, theirs.residual),
+            *((ours.strategy[g], theirs.strategy[g]) for g in groups),
+        ]:
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[n], expected[n]) for n in expected)
 
@@ -157,10 +162,13 @@ def assert_same_clients(tmp_path, trainer):
     ("strategy", "more"),
     [
         (FedAvg(), {}),
-        (FedAvg(), {"clients_per_round": 2, "clip_update_norm": 0.1}),
+        (FedAvg(), {"clients_per_round": 2, "client_sampling": "weighted"}),
+        (FedDyn(), {**INT8, "clients_per_round": 2, "clip_update_norm": 0.1}),
         (Scaffold(), {"clients_per_round": 2}),
         (FedAvg(), INT8),
-        (Scaffold(), {**INT8, "clients_per_round": 2, "client_sampling": "weighted"}),
+        (Scaffold(), {**INT8, "clients_per_round": 2, "clip_update_norm": 0.1}),
+        (Scaffold(), {"clients_per_round": 2, "max_update_norm": 2.0}),  # refuses some
+        (FedDyn(), {"clients_per_round": 2, "max_update_norm": 0.6}),
         (FedAdam(), {"factor_schedule": "one_block", "aggregation": "median"}),
         (FedAvg(), {"uplink_codec": "int8", "error_feedback": True}),
         (FedAvg(), {"downlink_codec": "float16", "error_feedback": True}),
@@ -346,7 +354,7 @@ def test_a_round_below_its_quorum_stops_the_run_with_the_last_good_model(tmp_pat
 
 def test_an_update_beyond_the_norm_changes_nothing_on_its_node(tmp_path):
     with pytest.raises(RoundError, match="max_update_norm"):
-        run(tmp_path, max_update_norm=1e-6)
+        run(tmp_path, max_update_norm=1e-6, quorum=0.5)
     assert not list((tmp_path / "node-100").rglob("*.safetensors"))
 
 

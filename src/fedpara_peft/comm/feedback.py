@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from .payload import Format, Payload
@@ -9,7 +11,12 @@ from .state import State
 
 
 def encode_with_feedback(
-    form: Format, state: State, residual: State, round: int, generator: torch.Generator
+    form: Format,
+    state: State,
+    residual: State,
+    round: int,
+    generator: torch.Generator,
+    names: Collection[str] | None = None,
 ) -> tuple[Payload, State, State]:
     """Send what a codec lost the last time along with this time's state.
 
@@ -18,15 +25,20 @@ def encode_with_feedback(
     Args:
         form: schema and codec.
         state: x.
-        residual: e, floating-point tensors by name; those it lacks are zero.
+        residual: e by name; what it lacks is zero.
         round: number of the round.
         generator: for stochastic codecs.
+        names: whose loss is made up for; all that the codec may change by default.
 
     Returns:
         The payload, what it decodes to (p), and the next residual e'.
     """
-    wanted = {n: t + residual[n].to(t.device) if n in residual else t for n, t in state.items()}
+    fed = form.coded if names is None else form.coded & frozenset(names)
+    wanted = {
+        n: t + residual[n].to(t.device) if n in fed and n in residual else t
+        for n, t in state.items()
+    }
     payload = form.encode(wanted, round, generator)
     received = form.decode(payload.data, round)
-    lost = {n: t - received[n].to(t.device) for n, t in wanted.items() if t.is_floating_point()}
+    lost = {n: t - received[n].to(t.device) for n, t in wanted.items() if n in fed}
     return payload, received, lost

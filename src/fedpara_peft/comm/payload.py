@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .codecs import Codec, Identity
-from .errors import PayloadError
+from .errors import CodecError, PayloadError
 from .schema import Schema, TensorSchema, digest
 from .state import State
 
@@ -27,10 +28,15 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -75,19 +81,43 @@ class Payload:
 
 @dataclass(frozen=True)
 class Format:
-    """What both ends agreed on: schema and codec. It turns states into payloads and back.
+    """What both ends agreed on: schema, codec and what it leaves alone; states to bytes and back.
 
     A payload is a safetensors file. Its metadata give codec, round and a digest of the schema; its
     tensors are named by their position among the schema's sorted names, because both ends know the
-    rest. Sorted, so that nothing depends on the order in which an end came to know them.
+    rest. Sorted, so that nothing depends on the order in which an end came to know them. Complex
+    tensors travel as their real and imaginary parts.
+
+    A codec may change what is trained, for the next round makes up for it. A buffer (a running
+    variance, a counter) is no parameter: int8 would make a variance negative.
 
     Attributes:
         schema: names, shapes and dtypes of the states.
         codec: how they are made shorter.
+        exact: names that travel as they are whatever the codec: the buffers.
+
+    Raises:
+        CodecError: a payload cannot carry a tensor of such a dtype.
     """
 
     schema: Schema
     codec: Codec = field(default_factory=Identity)
+    exact: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, entry in self.schema.items():
+            if entry.real.dtype not in _NAMES:
+                raise CodecError(
+                    f"{name} is {entry.dtype}, which no payload carries: convert it, or register "
+                    "the buffer with persistent=False, so that it stays where it is"
+                )
+
+    @functools.cached_property
+    def coded(self) -> frozenset[str]:
+        """The names that the codec may change."""
+        return frozenset(
+            n for n, entry in self.schema.items() if n not in self.exact and entry.real.is_float
+        )
 
     @functools.cached_property
     def size(self) -> PayloadSize:
@@ -107,10 +137,9 @@ class Format:
             round: number of the round it belongs to.
             generator: for stochastic codecs.
         """
-        plain = {
-            str(i): state[name].detach().cpu().contiguous() for i, name in enumerate(self._names)
-        }
-        wire = self.codec.encode_state(plain, generator or torch.Generator())
+        plain = {str(i): _as_real(state[name].detach().cpu()) for i, name in enumerate(self._names)}
+        coded = {position: plain.pop(position) for position in self._coded_positions}
+        wire = {**plain, **self.codec.encode_state(coded, generator or torch.Generator())}
         data = (wire[n].contiguous().reshape(-1).view(torch.uint8) for n in self._order)
         return Payload(b"".join([self._header(round), *(d.numpy().tobytes() for d in data)]))
 
@@ -136,11 +165,14 @@ class Format:
             wire: State = load(data)
         except SafetensorError as error:
             raise PayloadError("malformed", f"{error}; ask the sender for it again") from None
-        self._check_finite(wire)
-        state = self.codec.decode_state(wire, self._positions)
-        self._check_finite(state)
+        self._check_values(wire)
+        state = {**wire, **self.codec.decode_state(wire, self._coded_positions)}
+        self._check_values({position: state[position] for position in self._coded_positions})
         found = {name: state[str(i)] for i, name in enumerate(self._names)}
-        return {name: found[name] for name in self.schema}
+        return {
+            name: torch.view_as_complex(found[name]) if entry.dtype.is_complex else found[name]
+            for name, entry in self.schema.items()
+        }
 
     @functools.cached_property
     def _names(self) -> list[str]:
@@ -148,15 +180,21 @@ class Format:
 
     @functools.cached_property
     def _positions(self) -> Schema:
-        return {str(i): self.schema[name] for i, name in enumerate(self._names)}
+        return {str(i): self.schema[name].real for i, name in enumerate(self._names)}
+
+    @functools.cached_property
+    def _coded_positions(self) -> Schema:
+        coded = {str(i) for i, name in enumerate(self._names) if name in self.coded}
+        return {position: entry for position, entry in self._positions.items() if position in coded}
 
     @functools.cached_property
     def _wire(self) -> Schema:
-        return self.codec.wire_schema(self._positions)
+        left = {n: e for n, e in self._positions.items() if n not in self._coded_positions}
+        return {**left, **self.codec.wire_schema(self._coded_positions)}
 
     @functools.cached_property
     def _digest(self) -> str:
-        return digest(self.schema)
+        return digest(self.schema, self.exact)
 
     @functools.cached_property
     def _order(self) -> list[str]:
@@ -247,11 +285,29 @@ class Format:
                     "dtype", f"{self._shown(name)} is {dtype[:80]}, agreed on {agreed.dtype}"
                 )
 
-    def _check_finite(self, state: State) -> None:
+    def _check_values(self, state: State) -> None:
         for name, tensor in state.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise PayloadError(
                     "not_finite",
                     f"{self._shown(name)} holds NaN or infinity; lower the learning rate or set "
                     "max_grad_norm",
                 )
+            if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+                raise PayloadError("malformed", f"{self._shown(name)} holds what is no truth value")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, whatever its dtype."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch cannot compute in eight bits
+    # A finite norm says yes at a fraction of the cost; an infinite one may be an overflow.
+    return math.isfinite(torch.linalg.vector_norm(wide)) or bool(torch.isfinite(wide).all())
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """A tensor of the wire: dense, complex numbers as pairs."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj()).contiguous()
+    return tensor.contiguous()

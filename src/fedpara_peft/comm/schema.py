@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,13 @@ class TensorSchema:
         """Whether it holds floating-point numbers."""
         return self.dtype.is_floating_point
 
+    @property
+    def real(self) -> TensorSchema:
+        """Of real and imaginary parts, a last dimension of 2; its own where it is real."""
+        if not self.dtype.is_complex:
+            return self
+        return TensorSchema((*self.shape, 2), self.dtype.to_real())
+
 
 Schema = dict[str, TensorSchema]
 
@@ -41,7 +48,15 @@ def schema_of(state: Mapping[str, Tensor]) -> Schema:
     return {name: TensorSchema(tuple(t.shape), t.dtype) for name, t in state.items()}
 
 
-def digest(schema: Schema) -> str:
-    """A short name of a schema that no other schema is likely to have."""
-    entries = [(name, entry.shape, str(entry.dtype)) for name, entry in sorted(schema.items())]
+def digest(schema: Schema, exact: Collection[str] = ()) -> str:
+    """A short name of a schema that no other schema is likely to have.
+
+    Args:
+        schema: names, shapes and dtypes.
+        exact: names that a codec leaves as they are, part of what both ends must agree on.
+    """
+    entries = [
+        (name, entry.shape, str(entry.dtype), *(["exact"] if name in exact else []))
+        for name, entry in sorted(schema.items())
+    ]
     return hashlib.blake2b(repr(entries).encode(), digest_size=8).hexdigest()

@@ -25,6 +25,7 @@ from .client import LocalTrainer, LossFunction, Turn
 from .loss import default_loss
 from .random import torch_generator
 from .state import Broadcast, ClientState
+from .step_weights import StepWeights, clip_scale
 from .strategies import LocalSteps
 
 #: Trained values of a client up to which stacking paid on the CPU it was measured on.
@@ -146,13 +147,16 @@ class BatchedTrainer:
                 sizes.append(batch[0].shape[1])
         weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
         means = (torch.stack(losses).cpu().double() * weights[:, None]).sum(0).tolist()
-        steps = LocalSteps(len(sizes), args.learning_rate_at(round))
+        totals = (
+            torch.as_tensor(optimizer.weights.total, dtype=torch.float64).expand(count).tolist()
+        )
+        rate = args.learning_rate_at(round)
         return [
             (
                 turn,
                 len(datasets[i]),
                 means[i],
-                steps,
+                LocalSteps(len(sizes), rate, totals[i]),
                 {n: stack[n][i] for n in turn.seen.params},
                 {n: stack[n][i].clone() for n in local.local},
             )
@@ -198,6 +202,7 @@ class _StackedSGD:
             for n in {name for offset in offsets for name in offset}
         }
         self._velocity: State = {}
+        self.weights = StepWeights(args.momentum)
 
     def step(self, stack: State, grads: State) -> State:
         """The stack after a step."""
@@ -206,8 +211,11 @@ class _StackedSGD:
         if args.max_grad_norm is not None:
             squares = [g.flatten(1).square().sum(1) for g in found.values()]
             norms = functools.reduce(torch.add, squares).sqrt()
-            scale = (args.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+            scale = clip_scale(norms, args.max_grad_norm)
             found = {n: g * scale.view(-1, *[1] * (g.dim() - 1)) for n, g in found.items()}
+            self.weights.step(scale)
+        else:
+            self.weights.step()
         if args.weight_decay:
             found = {n: g.add(stack[n], alpha=args.weight_decay) for n, g in found.items()}
         if args.momentum:

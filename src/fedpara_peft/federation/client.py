@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .errors import ArgumentsError
 from .loss import batch_size
 from .random import derived_seed, torch_generator
 from .state import Broadcast, ClientState, ClientUpdate
+from .step_weights import StepWeights, clip_scale
 from .strategies import Correction, LocalSteps, Strategy
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
@@ -50,6 +51,28 @@ class Turn:
     kept: Mapping[str, State]
     residual: State
     correction: Correction | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A client that has trained and not yet sent anything.
+
+    Attributes:
+        turn: what it trained from.
+        update: what it has to send.
+        steps: how it trained.
+        local: its tensors of local scope.
+    """
+
+    turn: Turn
+    update: ClientUpdate
+    steps: LocalSteps
+    local: State
+
+    @property
+    def active(self) -> dict[str, State]:
+        """What the strategy keeps for the client, of the parameters that trained."""
+        return {group: _only(s, self.update.update) for group, s in self.turn.kept.items()}
 
 
 class LocalTrainer:
@@ -136,7 +159,7 @@ class LocalTrainer:
         broadcast: Broadcast,
         state: ClientState | None = None,
         resting: Collection[str] = (),
-    ) -> tuple[ClientUpdate, ClientState]:
+    ) -> Trained:
         """Train a client: E epochs of SGD from the broadcast, Sec. 3 of arXiv:2108.06098.
 
         Args:
@@ -148,7 +171,7 @@ class LocalTrainer:
             resting: names that do not train this round (see :meth:`rest`) and are not sent.
 
         Returns:
-            What it sends, and what it keeps.
+            What it has to send, and what it may keep; see :func:`~.turn.deliver`.
 
         Raises:
             PayloadError: the loss is not finite, so there is nothing to send.
@@ -182,24 +205,27 @@ class LocalTrainer:
         steps: LocalSteps,
         shared: State,
         local: State,
-    ) -> tuple[ClientUpdate, ClientState]:
-        """What a client sends and keeps, from the tensors it ended with."""
-        if not math.isfinite(loss):
+    ) -> Trained:
+        """What a client has to send, from the tensors it ended with.
+
+        Raises:
+            PayloadError: it diverged, so there is nothing to send.
+        """
+        if not math.isfinite(loss) or steps.weight == 0:  # every gradient was clipped to nothing
             raise PayloadError(
                 "diverged",
-                f"client {turn.client} diverged in round {turn.round + 1} (loss {loss}): lower "
-                f"learning_rate (now {steps.learning_rate:.3g}) or set max_grad_norm",
+                f"it diverged in round {turn.round + 1} (loss {loss}): lower learning_rate (now "
+                f"{steps.learning_rate:.3g}) or set max_grad_norm",
             )
         start = turn.seen.params
-        names = list(start)
+        names = [n for n in start if n not in self.buffers]
         change = _difference([shared[n] for n in names], [start[n] for n in names])
         update = dict(zip(names, change, strict=True))
-        moved = {n: t for n, t in update.items() if n not in self.buffers}
-        active = {g: _only(s, names) for g, s in turn.kept.items()}
-        keeps, sends = self._strategy.next_client_state(turn.seen, active, moved, steps)
-        keeps = {g: _at_rest({**turn.kept.get(g, {}), **s}) for g, s in keeps.items()}
-        sent = ClientUpdate(turn.client, num_examples, update, loss, sends)
-        return sent, ClientState(_at_rest(local), keeps, turn.residual)
+        buffers = {n: shared[n].clone() for n in start if n in self.buffers}
+        sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers)
+        trained = Trained(turn, sent, steps, local)
+        extra = self._strategy.client_extra(turn.seen, trained.active, update, steps)
+        return replace(trained, update=replace(sent, extra=extra))
 
     def _placed(self, kept: Mapping[str, State]) -> dict[str, State]:
         """What a client keeps, where its tensors train."""
@@ -217,6 +243,7 @@ class LocalTrainer:
         self._loss_scale = _FIRST_LOSS_SCALE if self._scales_loss else 1.0
         self.model.train()
         losses, counts, steps = [], [], 0
+        weights = StepWeights(args.momentum)
         with torch.random.fork_rng(devices=_cuda_devices(self._accelerator)):
             # Dropout and the like draw from the global generators.
             _seed(derived_seed(args.seed, round, client, "training"), self._accelerator.device)
@@ -225,14 +252,19 @@ class LocalTrainer:
                 for window in self._windows(dataset, order):
                     found, sizes = self._gradients(window, rate)
                     correct()
+                    scale: Tensor | float = 1.0
                     if args.max_grad_norm is not None:
-                        nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
+                        norm = nn.utils.clip_grad_norm_(
+                            self.parameters.values(), args.max_grad_norm
+                        )
+                        scale = clip_scale(norm, args.max_grad_norm)
+                    weights.step(scale)
                     optimizer.step()
                     losses += found
                     counts += sizes
                     steps += 1
         mean = torch.stack(losses).cpu().double() @ torch.tensor(counts).double() / sum(counts)
-        return float(mean), LocalSteps(steps, rate)
+        return float(mean), LocalSteps(steps, rate, float(weights.total))
 
     def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[Any]]:
         """The batches of every local step."""
@@ -321,7 +353,11 @@ class _SGD:
 
 
 class _Corrector:
-    """Applies a strategy's correction to the gradients, in place."""
+    """Applies a strategy's correction to the gradients, in place.
+
+    A parameter that the loss did not reach has the gradient 0, to which the correction is added all
+    the same: the strategy's term of the objective depends on it.
+    """
 
     def __init__(
         self, correction: Correction | None, parameters: Mapping[str, nn.Parameter], start: State
@@ -333,11 +369,15 @@ class _Corrector:
 
     def __call__(self) -> None:
         for parameter, fixed in self._pulled:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - fixed, alpha=self._pull)
+            _gradient(parameter).add_(parameter.detach() - fixed, alpha=self._pull)
         for parameter, fixed in self._offset:
-            if parameter.grad is not None:
-                parameter.grad.add_(fixed)
+            _gradient(parameter).add_(fixed)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _only(state: State, names: Collection[str]) -> State:
@@ -346,11 +386,6 @@ def _only(state: State, names: Collection[str]) -> State:
 
 def _clone(state: State) -> State:
     return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def _at_rest(state: State) -> State:
-    """A state in main memory: an accelerator need not hold that of a thousand clients."""
-    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..comm.state import State, join_groups, split_groups
 from .mean import Aggregate
@@ -14,13 +14,22 @@ class Cohort:
 
     Args:
         like: names, shapes and dtypes of the updates.
+        buffers: likewise of the buffers.
+        groups: what the strategy sends beside an update, each group with its names.
         aggregate: how several states become one.
     """
 
-    def __init__(self, like: State, aggregate: Callable[[State], Aggregate]) -> None:
-        self._aggregate = aggregate
+    def __init__(
+        self,
+        like: State,
+        buffers: State,
+        groups: Sequence[str],
+        aggregate: Callable[[State], Aggregate],
+    ) -> None:
         self._updates = aggregate(like)
-        self._extra: Aggregate | None = None
+        self._buffers = aggregate(buffers)
+        self._extra = aggregate(join_groups(dict.fromkeys(groups, like)))
+        self._groups = groups
         self._examples = 0
         self._loss = 0.0
         self.count = 0
@@ -29,18 +38,22 @@ class Cohort:
     def add(self, update: ClientUpdate, weight: float) -> None:
         """Take in a client's update."""
         self._updates.add(update.update, weight)
-        if update.extra:
-            extra = join_groups(update.extra)
-            self._extra = self._extra or self._aggregate(extra)
-            self._extra.add(extra, weight)
+        self._buffers.add(update.buffers, weight)
+        self._extra.add(join_groups(update.extra), weight)
         self._loss += update.train_loss * update.num_examples
         self._examples += update.num_examples
         self.count += 1
 
     def mean(self, population: int) -> CohortMean:
         """The means, and the share of the population that they are of."""
-        extra = split_groups(self._extra.result()) if self._extra else {}
+        extra: dict[str, State] = {group: {} for group in self._groups} | split_groups(
+            self._extra.result()
+        )
         return CohortMean(self._updates.result(), extra, self.count / population)
+
+    def buffers(self) -> State:
+        """The means of the buffers; empty if no update was used."""
+        return self._buffers.result() if self.count else {}
 
     @property
     def train_loss(self) -> float | None:

@@ -38,7 +38,8 @@ class WeightedMean(Aggregate):
         Σ_i p_i s_i / Σ_i p_i
 
     Adding in client order makes the result independent of which process trained which client.
-    Sums are formed in float32 at least; integers (counters of norm layers) in float64, rounded.
+    Sums are formed in float32 at least (complex64), those of integers (counters of norm layers) and
+    truth values in float64 and rounded: what more than half of the weight says is true.
 
     Args:
         like: names, shapes and dtypes of the states.
@@ -47,39 +48,29 @@ class WeightedMean(Aggregate):
     def __init__(self, like: State) -> None:
         self._like = like
         self._weight = 0.0
-        self._floats = [n for n, t in like.items() if t.is_floating_point()]
         self._sums = {n: torch.zeros_like(t, dtype=_sum_dtype(t)) for n, t in like.items()}
-        self._float_sums = [self._sums[n] for n in self._floats]
-        self._narrow = any(like[n].dtype != self._sums[n].dtype for n in self._floats)
+        self._narrow = any(t.dtype != self._sums[n].dtype for n, t in like.items())
 
     def add(self, state: State, weight: float) -> None:
         """See :class:`Aggregate`."""
         self._weight += weight
-        parts = [state[n] for n in self._floats]
+        sums, parts = list(self._sums.values()), [state[n] for n in self._sums]
         if self._narrow:
-            parts = [p.to(s.dtype) for p, s in zip(parts, self._float_sums, strict=True)]
+            parts = [p.to(s.dtype) for p, s in zip(parts, sums, strict=True)]
         if parts:
-            torch._foreach_add_(self._float_sums, parts, alpha=weight)
-        for name, total in self._sums.items():
-            if not self._like[name].is_floating_point():
-                total.add_(state[name].double(), alpha=weight)
+            torch._foreach_add_(sums, parts, alpha=weight)
 
     def result(self) -> State:
         """See :class:`Aggregate`."""
         weight = self._weight or 1.0
-        mean = {}
-        for name, total in self._sums.items():
-            part = total / weight
-            like = self._like[name]
-            mean[name] = (part if like.is_floating_point() else part.round()).to(like.dtype)
-        return mean
+        return {n: _like(total / weight, self._like[n]) for n, total in self._sums.items()}
 
 
 class TrimmedMean(Aggregate):
     """The mean, entry by entry, without the largest and the smallest values (arXiv:1803.01498).
 
     The median is what is left where all others are cut. Weights do not count: a client could claim
-    any. All states are held until the end.
+    any. All states are held until the end. Real and imaginary parts are entries of their own.
 
     Args:
         like: names, shapes and dtypes of the states.
@@ -97,17 +88,17 @@ class TrimmedMean(Aggregate):
 
     def result(self) -> State:
         """See :class:`Aggregate`."""
+        if not self._states:
+            return {n: torch.zeros_like(like) for n, like in self._like.items()}
+        return {n: _like(self._middle(n, like), like) for n, like in self._like.items()}
+
+    def _middle(self, name: str, like: Tensor) -> Tensor:
         count = len(self._states)
         cut = min(int(self._share * count + 1e-9), (count - 1) // 2)
-        mean = {}
-        for name, like in self._like.items():
-            if not count:
-                mean[name] = torch.zeros_like(like)
-                continue
-            values = torch.stack([s[name].to(_sum_dtype(like)) for s in self._states])
-            middle = values.sort(0).values[cut : count - cut].mean(0)
-            mean[name] = (middle if like.is_floating_point() else middle.round()).to(like.dtype)
-        return mean
+        values = torch.stack([s[name].to(_sum_dtype(like)) for s in self._states])
+        parts = torch.view_as_real(values) if values.is_complex() else values
+        middle = parts.sort(0).values[cut : count - cut].mean(0)
+        return torch.view_as_complex(middle) if values.is_complex() else middle
 
 
 def aggregate_from_name(name: str) -> Callable[[State], Aggregate]:
@@ -134,6 +125,14 @@ def aggregate_from_name(name: str) -> Callable[[State], Aggregate]:
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    if tensor.is_floating_point():
+    if tensor.itemsize == 1 and tensor.is_floating_point():  # which torch does not promote
+        return torch.float32
+    if tensor.is_floating_point() or tensor.is_complex():
         return torch.promote_types(tensor.dtype, torch.float32)
     return torch.float64
+
+
+def _like(mean: Tensor, like: Tensor) -> Tensor:
+    """A mean in the dtype that it is of."""
+    exact = like.is_floating_point() or like.is_complex()
+    return (mean if exact else mean.round()).to(like.dtype)

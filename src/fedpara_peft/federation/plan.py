@@ -10,8 +10,9 @@ from ..comm.ledger import PAPER_MEGABITS_PER_S, energy_j, transfer_s
 from ..comm.state import communicated_state
 from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
-from .channel import Channel, uplink_like
+from .channel import Channel
 from .schedule import factor_blocks, resting_factors
+from .server import require_fit
 from .state import ServerState
 from .strategies import FedAvg, Strategy
 
@@ -94,19 +95,19 @@ def plan(
         ArgumentsError: the arguments do not fit each other or the model.
     """
     strategy = strategy or FedAvg()
+    require_fit(strategy, args)
     cohort = args.cohort_size(num_clients)
     shared = communicated_state(model, args.local_modules) if strategy.communicates else {}
     shared = {n: t.to("meta") for n, t in shared.items()}  # schemas need no data
     buffers = frozenset(persistent_buffers(model)) & shared.keys()
     server = ServerState(0, shared, buffers=buffers)
     products = factor_blocks(model) if args.factor_schedule == "one_block" else []
-    channel = Channel(args)
+    channel = Channel(args, strategy)
     down, up = [], []
     for number in range(args.num_rounds):
-        part = server.restricted(shared.keys() - resting_factors(products, number))
-        beside = strategy.broadcast(part)
-        down.append(len(channel.format("downlink", shared, beside).size))
-        up.append(len(channel.format("uplink", *uplink_like(strategy, part)).size))
+        resting = resting_factors(products, number)
+        down.append(len(channel.layout("downlink", server, resting).form.size))
+        up.append(len(channel.layout("uplink", server, resting).form.size))
     return Plan(
         num_clients=num_clients,
         cohort_size=cohort,

@@ -36,7 +36,8 @@ class GaussianMechanism:
         args: the run's settings.
         population: number of clients.
         cohort_size: clients sampled a round, without replacement.
-        names: of the communicated tensors that would not be protected (buffers, extra states).
+        names: of what travels and would not be protected: buffers, and what the strategy sends
+            beside w_t and beside updates.
 
     Raises:
         ArgumentsError: something that travels would not be protected, or ``dp-accounting`` is not
@@ -66,6 +67,12 @@ class GaussianMechanism:
             raise ArgumentsError("dp_noise_multiplier needs client_sampling='uniform'")
         self._args = args
         self._size = (population, cohort_size)
+        self._expected = cohort_size * (1 - args.drop_out_probability)
+
+    @property
+    def share(self) -> float:
+        """Clients expected to report, of the population; how many did is not told."""
+        return self._expected / self._size[0]
 
     def add_noise(self, mean: State, count: int, seed: int, round: int) -> State:
         """The noisy sum of clipped updates, divided by the clients expected to report.
@@ -80,13 +87,12 @@ class GaussianMechanism:
         """
         args = self._args
         assert args.clip_update_norm is not None
-        expected = self._size[1] * (1 - args.drop_out_probability)
-        std = args.dp_noise_multiplier * args.clip_update_norm / expected
+        std = args.dp_noise_multiplier * args.clip_update_norm / self._expected
         noisy = {}
         for name, tensor in mean.items():
             generator = torch_generator(seed, round, name)
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            sum_part = tensor.double().cpu() * (count / expected)
+            sum_part = tensor.double().cpu() * (count / self._expected)
             noisy[name] = (sum_part + std * noise).to(tensor.dtype).to(tensor.device)
         return noisy
 

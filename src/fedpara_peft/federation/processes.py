@@ -120,7 +120,7 @@ def _light(outcome: Outcome) -> Outcome:
     """An outcome as the other processes need it: without tensors, bytes and live exceptions."""
     update, refused = outcome.update, outcome.refused
     if update is not None:
-        update = dataclasses.replace(update, update={}, extra={})
+        update = dataclasses.replace(update, update={}, buffers={}, extra={})
     if refused is not None:
         refused = dataclasses.replace(refused, error=None)
     return dataclasses.replace(outcome, update=update, refused=refused, payload=b"", sent=None)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..comm.errors import PayloadError
-from ..comm.ledger import Ledger
+from ..comm.ledger import Direction, Ledger
 from ..comm.payload import Payload, PayloadSize
 from ..comm.state import State
 from .admission import checked, require_quorum
 from .arguments import FederatedArguments
-from .channel import Channel, uplink_like
+from .channel import Channel, Layout
 from .cohort import Cohort
+from .errors import ArgumentsError
 from .mean import aggregate_from_name
 from .privacy import GaussianMechanism
 from .sampling import drop_outs, sample_cohort
@@ -37,7 +38,8 @@ class OpenRound:
         dropped: those of them that will not report, in a simulation.
         resting: parameters that do not change in it.
         server: the server, with the downlink's new residual.
-        part: the part of it that changes.
+        part: the parameters of it that change.
+        uplink: what they send.
         broadcast: what the clients receive.
         size: length of its payload.
         payload: the payload itself, where one was asked for.
@@ -50,6 +52,7 @@ class OpenRound:
     resting: frozenset[str]
     server: ServerState
     part: ServerState
+    uplink: Layout
     broadcast: Broadcast
     size: PayloadSize
     payload: Payload | None
@@ -87,20 +90,25 @@ class RoundServer:
         products: list[list[str]],
         names: Sequence[Any] | None = None,
     ) -> None:
+        require_fit(strategy, args)
         self._args = args
         self._strategy = strategy
         self._channel = channel
         self._num_examples = num_examples
-        self._order = list(start.params)
         self._names = range(len(num_examples)) if names is None else names
         self._products = products
         self._cohort_size = args.cohort_size(len(num_examples))
         self._aggregate = aggregate_from_name(args.aggregation)
         self._privacy: GaussianMechanism | None = None
+        unprotected = set(start.buffers & start.params.keys())
+        directions: tuple[Direction, ...] = ("downlink", "uplink")
+        for direction in directions:  # made here, so that what cannot travel shows now
+            layout = channel.layout(direction, start)
+            unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
         if args.dp_noise_multiplier:
-            beside = channel.joined({}, strategy.broadcast(start))
-            names = sorted({*start.buffers, *beside})
-            self._privacy = GaussianMechanism(args, len(num_examples), self._cohort_size, names)
+            self._privacy = GaussianMechanism(
+                args, len(num_examples), self._cohort_size, sorted(unprotected)
+            )
 
     def open(self, server: ServerState, *, encode: bool = False) -> OpenRound:
         """Sample a cohort and make what it receives.
@@ -115,8 +123,12 @@ class RoundServer:
         )
         dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
         resting = frozenset(resting_factors(self._products, number))
-        part = server.restricted(server.params.keys() - resting)
-        sent = self._channel.downlink(server, self._strategy.broadcast(part), encode=encode)
+        uplink = self._channel.layout("uplink", server, resting)
+        part = server.restricted(uplink.params)
+        sent = self._channel.downlink(
+            server, self._strategy.broadcast(part), resting, encode=encode
+        )
+        buffers = {n: server.params[n] for n in uplink.buffers}
         return OpenRound(
             number=number,
             cohort=tuple(cohort),
@@ -124,10 +136,11 @@ class RoundServer:
             resting=resting,
             server=sent.server,
             part=part,
+            uplink=uplink,
             broadcast=sent.broadcast,
             size=sent.size,
             payload=sent.payload,
-            updates=Cohort(part.params, self._aggregate),
+            updates=Cohort(part.params, buffers, self._strategy.uplink, self._aggregate),
         )
 
     def received(
@@ -147,12 +160,11 @@ class RoundServer:
         """
         if num_examples < 1 or not math.isfinite(train_loss):
             raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
-        main, extra = uplink_like(self._strategy, opened.part)
-        main = {name: main[name] for name in self._order if name in main}  # as clients have them
-        form = self._channel.format("uplink", main, extra)
+        form = opened.uplink.form
         found: State = form.decode(payload, opened.number) if form.schema else {}
-        moved, beside = self._channel.parted(found, main, extra)
-        return checked(ClientUpdate(client, num_examples, moved, train_loss, beside), self._args)
+        moved, buffers, beside = opened.uplink.parted(found, opened.server.params)
+        update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers)
+        return checked(update, self._args)
 
     def weight(self, update: ClientUpdate) -> float:
         """Of an update in the cohort's mean."""
@@ -165,9 +177,10 @@ class RoundServer:
         opened.updates.add(update, self.weight(update))
 
     def refuse(self, opened: OpenRound, refused: Refused) -> None:
-        """Note an update that is not used."""
-        logger.warning("round %d: %s", opened.number + 1, refused.message)
-        opened.updates.refused.append(refused)
+        """Note an update that is not used, by its client's name."""
+        message = f"client {self._names[refused.client]!r}: {refused.message}"
+        logger.warning("round %d, %s", opened.number + 1, message)
+        opened.updates.refused.append(dataclasses.replace(refused, message=message))
 
     def close(self, opened: OpenRound) -> tuple[ServerState, CohortMean]:
         """The server after the round, and the mean it stepped by (noise left out).
@@ -181,7 +194,8 @@ class RoundServer:
         stepped = opened.part
         if updates.count or self._privacy is not None:  # that nobody came must not show
             stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
-        next_round = dataclasses.replace(stepped, round=opened.number + 1)
+        params = {**stepped.params, **updates.buffers()}
+        next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
         return opened.server.updated(next_round), mean
 
     def report(
@@ -230,4 +244,17 @@ class RoundServer:
         seed = opened.server.noise_seed
         assert seed is not None
         noisy = self._privacy.add_noise(mean.update, opened.updates.count, seed, opened.number)
-        return dataclasses.replace(mean, update=noisy)
+        return dataclasses.replace(mean, update=noisy, share=self._privacy.share)
+
+
+def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
+    """Raise unless the strategy is right under these settings.
+
+    Raises:
+        ArgumentsError: it is not.
+    """
+    if obstacle := strategy.obstacle(args):
+        raise ArgumentsError(
+            f"{type(strategy).__name__} cannot have {obstacle}; change that, or take another "
+            "strategy"
+        )

@@ -91,9 +91,10 @@ class ClientUpdate:
     Attributes:
         client: client index i.
         num_examples: its examples.
-        update: local minus broadcast.
+        update: local minus broadcast, of the parameters.
         train_loss: mean loss over its local steps.
         extra: what the strategy sends beside it, by name.
+        buffers: the buffers as they are, for not all of them have a difference.
     """
 
     client: int
@@ -101,6 +102,7 @@ class ClientUpdate:
     update: State
     train_loss: float
     extra: Mapping[str, State] = field(default_factory=dict)
+    buffers: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Refused:
     Attributes:
         client: client index i.
         reason: which check refused it.
-        message: what was found, and what helps.
+        message: what was found, and what helps; the server puts the client's name before it.
         error: the exception that a client met in its own training, in this process.
     """
 
@@ -152,9 +154,9 @@ class CohortMean:
     """What a cohort sent, averaged.
 
     Attributes:
-        update: mean update Δ.
+        update: mean update Δ of the parameters.
         extra: means of what the strategy sends beside it.
-        share: clients that reported, of the population.
+        share: clients whose updates it is of, of the population; with noise those expected.
     """
 
     update: State

@@ -110,10 +110,11 @@ class FederatedTrainer:
         self._evaluator = Evaluator(
             self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator
         )
-        self._channel, names = Channel(args), self.population.names
+        names = self.population.names
+        self._channel = Channel(args, self.strategy)
         self._simulation = Simulation(
             args, self.population, local, self._stacked_engine(loss),
-            Turns(args, self._channel, names), self._evaluator, crew,
+            Turns(args, self._channel, self.strategy, names), self._evaluator, crew,
         )  # fmt: skip
         rounds = RoundServer(
             args,

@@ -121,7 +121,8 @@ def _reasons(run: Run) -> str:
     counts = Counter(reason for reason, _ in refused)
     rows: list[Sequence[Any]] = []
     for reason, count in counts.most_common():
-        clients = sorted({client for why, client in refused if why == reason})
+        found = {client for why, client in refused if why == reason}
+        clients = sorted(found, key=lambda name: (isinstance(name, str), name))
         rows.append((reason, count, _listed(clients)))
     return _table(rows, ("refused because", "times", "clients"))
 
@@ -182,7 +183,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / size:,.2f} {unit}"
 
 
-def _listed(clients: Sequence[int]) -> str:
+def _listed(clients: Sequence[str | int]) -> str:
     shown = ", ".join(map(str, clients[:20]))
     return f"{shown}, … ({len(clients)})" if len(clients) > 20 else shown
 

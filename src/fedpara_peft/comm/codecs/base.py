@@ -14,8 +14,9 @@ from ..state import State
 class Codec(ABC):
     """A map from states to states that are shorter to send, and back.
 
-    A codec transforms floating-point tensors; integers (counters of norm layers) pass through. What
-    it sends has a length that follows from the schema alone.
+    A codec transforms floating-point tensors; integers (which positions a codec before it kept)
+    pass through. What it sends has a length that follows from the schema alone. What must not be
+    changed, buffers above all, never comes to it (see :class:`~..payload.Format`).
     """
 
     @property

@@ -40,7 +40,7 @@ class _Adaptive(Strategy):
             scale = second[name].sqrt() + self.tau
             step[name] = self.server_learning_rate * first[name] / scale
         optimizer = {"first": first, "second": second}
-        return advance(server, {**mean.update, **step}, optimizer)
+        return advance(server, step, optimizer)
 
     @abstractmethod
     def _second(self, v: Tensor, square: Tensor) -> Tensor:

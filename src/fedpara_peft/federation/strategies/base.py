@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 import torch
 
 from ...comm.state import State
+from ..arguments import FederatedArguments
 from ..state import Broadcast, CohortMean, ServerState
 
+#: Groups of states by name.
 Kept = Mapping[str, State]
 
 
@@ -33,13 +35,20 @@ class Correction:
 class LocalSteps:
     """How a client trained.
 
+        w_t - y = η Σ_k a_k g_k
+
+    with g_k the gradients of its steps, corrected, and what weight decay adds to them. SGD has
+    a_k = 1; momentum β lets a gradient act on later steps, too, and a clipped gradient counts less.
+
     Attributes:
         count: its optimizer steps K.
         learning_rate: their learning rate η.
+        weight: Σ_k a_k, K for plain SGD; None if its optimizer's steps are no such sum.
     """
 
     count: int
     learning_rate: float
+    weight: float | None = None
 
 
 class Strategy:
@@ -47,29 +56,48 @@ class Strategy:
 
     Strategies hold settings, never state: what must survive a round is in :class:`ServerState`, or
     in the client's own state. All states are keyed by the names of the communicated parameters.
+    Buffers (running means of norm layers) are no strategy's business: they take their mean.
     """
 
     #: Weights of the cohort's mean: by the clients' examples, or all alike.
     weighting: ClassVar[Literal["num_examples", "uniform"]] = "num_examples"
     #: Whether anything travels at all.
     communicates: ClassVar[bool] = True
+    #: Groups that travel down beside w_t, and up beside the update. Each group has the names,
+    #: shapes and dtypes of the parameters that train in the round.
+    downlink: ClassVar[tuple[str, ...]] = ()
+    uplink: ClassVar[tuple[str, ...]] = ()
+
+    def obstacle(self, args: FederatedArguments) -> str | None:
+        """Which of these settings the strategy's algebra does not allow; None if all are fine."""
+        return None
 
     def broadcast(self, server: ServerState) -> Kept:
-        """What travels to the clients beside w_t, by name."""
+        """The groups of ``downlink``."""
         return {}
 
     def correction(self, broadcast: Broadcast, kept: Kept) -> Correction | None:
         """Correct a client's gradients; ``kept`` is what the strategy keeps for this client."""
         return None
 
-    def next_client_state(
+    def client_extra(
         self, broadcast: Broadcast, kept: Kept, update: State, steps: LocalSteps
-    ) -> tuple[Kept, Kept]:
-        """What to keep for a client that trained, and what it sends beside its update."""
-        return {}, {}
+    ) -> Kept:
+        """The groups of ``uplink``, of a client that trained."""
+        return {}
+
+    def next_kept(
+        self, broadcast: Broadcast, kept: Kept, update: State, extra: Kept, steps: LocalSteps
+    ) -> Kept:
+        """What to keep for a client whose update is used.
+
+        Update and extra are what the server uses: decoded and clipped. What is kept then agrees
+        with what the server makes of them.
+        """
+        return {}
 
     def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
-        """Make w_{t+1} from w_t and what the cohort sent.
+        """Make w_{t+1} from w_t and what the cohort sent, of the parameters that trained.
 
         w_{t+1} = w_t + Δ
         """
@@ -85,15 +113,18 @@ def advance(
     return replace(server, round=server.round + 1, params=params, optimizer=kept)
 
 
-def optimized(server: ServerState) -> list[str]:
-    """Names that a server optimizer moves: parameters. Buffers take their plain mean."""
-    return [name for name in server.params if name not in server.buffers]
-
-
 def moment(server: ServerState, name: str, start: float = 0.0) -> State:
     """A server optimizer's running state of this name, ``start`` everywhere at first."""
     kept = server.optimizer.get(name, {})
     return {
-        n: kept[n] if n in kept else torch.full_like(server.params[n], start)
-        for n in optimized(server)
+        n: kept[n] if n in kept else torch.full_like(w, start) for n, w in server.params.items()
     }
+
+
+def uneven_means(args: FederatedArguments) -> str | None:
+    """Whether the cohort's mean would not be the plain mean of clients drawn alike."""
+    if args.client_sampling != "uniform":
+        return f"client_sampling={args.client_sampling!r}: its sums over clients count all alike"
+    if args.aggregation != "mean":
+        return f"aggregation={args.aggregation!r}: the server's state is a mean of the clients'"
+    return None

@@ -29,4 +29,4 @@ class FedAvgM(Strategy):
             for name, v in moment(server, "velocity").items()
         }
         step = {name: self.server_learning_rate * v for name, v in velocity.items()}
-        return advance(server, {**mean.update, **step}, {"velocity": velocity})
+        return advance(server, step, {"velocity": velocity})

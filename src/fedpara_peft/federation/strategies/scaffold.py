@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...comm.state import State
+from ..arguments import FederatedArguments
+from ..errors import ArgumentsError
 from ..state import Broadcast, CohortMean, ServerState
-from .base import Correction, Kept, LocalSteps, Strategy, advance, moment
+from .base import Correction, Kept, LocalSteps, Strategy, advance, moment, uneven_means
 
 
 @dataclass(frozen=True)
 class Scaffold(Strategy):
     """Correct the clients' drift with control variates (Algorithm 1, option II).
 
-        y ← y - η (g - c_i + c),   c_i⁺ = c_i - c + (w_t - y) / (K η)
+        y ← y - η (g - c_i + c),   c_i⁺ = c_i - c + (w_t - y) / (η Σ_k a_k)
         w_{t+1} = w_t + η_g mean Δ,   c ← c + (|S| / N) mean(c_i⁺ - c_i)
 
-    Control variates of the server travel down, their changes travel up: twice FedAvg's traffic.
+    Control variates of the server travel down, their changes travel up: twice FedAvg's traffic. a_k
+    is what step k's gradient weighs in all (see :class:`LocalSteps`): 1 in the paper, whose clients
+    have no momentum, so that the sum is K. c_i⁺ is a mean of the client's gradients either way, and
+    c the mean of all c_i, because both take the change as the server received it.
 
     Attributes:
         server_learning_rate: η_g.
@@ -25,6 +30,18 @@ class Scaffold(Strategy):
 
     server_learning_rate: float = 1.0
     weighting: ClassVar[Literal["num_examples", "uniform"]] = "uniform"
+
+    downlink: ClassVar[tuple[str, ...]] = ("control",)
+    uplink: ClassVar[tuple[str, ...]] = ("control",)
+
+    def obstacle(self, args: FederatedArguments) -> str | None:
+        """Whatever would part c from the mean of all c_i, or c_i from a mean of gradients."""
+        if args.weight_decay and args.max_grad_norm is not None:
+            return (
+                "weight_decay and max_grad_norm together: the decay is not clipped, so a step is "
+                "no multiple of one gradient"
+            )
+        return uneven_means(args)
 
     def broadcast(self, server: ServerState) -> Kept:
         """Send c along."""
@@ -35,21 +52,29 @@ class Scaffold(Strategy):
         control, own = broadcast.extra["control"], kept.get("control", {})
         return Correction(offset={n: c - own[n] if n in own else c for n, c in control.items()})
 
-    def next_client_state(
+    def client_extra(
         self, broadcast: Broadcast, kept: Kept, update: State, steps: LocalSteps
-    ) -> tuple[Kept, Kept]:
-        """Keep c_i⁺ and send c_i⁺ - c_i."""
-        scale = -1 / (steps.count * steps.learning_rate)
-        own = kept.get("control", {})
-        change = {n: scale * update[n] - c for n, c in broadcast.extra["control"].items()}
-        return (
-            {"control": {n: own[n] + d if n in own else d for n, d in change.items()}},
-            {"control": change},
-        )
+    ) -> Kept:
+        """Send c_i⁺ - c_i."""
+        if steps.weight is None:
+            raise ArgumentsError(
+                "Scaffold needs to know what the local optimizer makes of a gradient: use SGD, "
+                "with momentum or weight decay as you like"
+            )
+        scale = -1 / (steps.weight * steps.learning_rate)
+        control = broadcast.extra["control"]
+        return {"control": {n: scale * update[n] - c for n, c in control.items()}}
+
+    def next_kept(
+        self, broadcast: Broadcast, kept: Kept, update: State, extra: Kept, steps: LocalSteps
+    ) -> Kept:
+        """Keep c_i, moved as the server's c is."""
+        own, change = kept.get("control", {}), extra["control"]
+        return {"control": {n: own[n] + d if n in own else d for n, d in change.items()}}
 
     def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move the weights and the server's control."""
         change = mean.extra["control"]
         control = {n: c + mean.share * change[n] for n, c in moment(server, "control").items()}
         step = {n: self.server_learning_rate * mean.update[n] for n in control}
-        return advance(server, {**mean.update, **step}, {"control": control})
+        return advance(server, step, {"control": control})

@@ -157,7 +157,7 @@ class FlowerBackend:
                 opened, client, answer.payload, answer.num_examples, answer.train_loss
             )
         except PayloadError as error:
-            refused = Refused(client, error.reason, f"client {client}: {error}")
+            refused = Refused(client, error.reason, str(error))
             return Outcome(client, size, refused=refused, seconds=None)
         return Outcome(client, size, update, seconds=None)
 

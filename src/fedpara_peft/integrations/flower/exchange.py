@@ -32,9 +32,9 @@ class Replies:
     def refused(self) -> list[Refused]:
         """Answers of which nothing is used, in client order."""
         return [
-            Refused(c, "duplicate", f"client {c} answered twice: the first update is used")
+            Refused(c, "duplicate", "it answered twice: the first update is used")
             if c in self.content
-            else Refused(c, "stale", f"client {c} answers a message of another round")
+            else Refused(c, "stale", "it answers a message of another round")
             for c in sorted(self.beside)
         ]
 

@@ -19,12 +19,12 @@ from ...federation.arguments import FederatedArguments
 from ...federation.batches import Collator
 from ...federation.channel import Channel
 from ...federation.checkpoint import must_agree
-from ...federation.client import LocalTrainer, LossFunction
+from ...federation.client import LocalTrainer, LossFunction, Trained
 from ...federation.errors import ClientDataError, RoundError
 from ...federation.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.loss import default_loss
 from ...federation.schedule import factor_blocks, resting_factors
-from ...federation.state import Broadcast, ClientState, ClientUpdate, ServerState
+from ...federation.state import Broadcast, ClientState, ServerState
 from ...federation.store import DiskStore
 from ...federation.strategies import Strategy, as_strategy
 from ...federation.turn import Turns
@@ -136,11 +136,11 @@ class Node:
         model = setup.model_fn().to(accelerator.device)
         loss = setup.compute_loss or default_loss
         self._strategy = strategy
-        self._channel = Channel(args)
+        self._channel = Channel(args, strategy)
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
         self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
         self._data: dict[int, Any] = {}
-        self._turns = Turns(args, self._channel, range(2**31))
+        self._turns = Turns(args, self._channel, strategy, range(2**31))
         everything = {**self._local.shared, **self._local.local}
         self._facts = node_facts({
             **settings_facts(args, strategy),
@@ -172,7 +172,7 @@ class Node:
         broadcast, state = self._received(job, resting), store.get(client)
         data = self._dataset(client)
 
-        def train() -> tuple[ClientUpdate, ClientState]:
+        def train() -> Trained:
             self._local.rest(resting)
             try:
                 return self._local.train(client, data, job.round, broadcast, state, resting)
@@ -181,7 +181,9 @@ class Node:
 
         outcome = self._turns.take(client, job.round, train, store, encode=True)
         if outcome.refused is not None:
-            logger.warning("round %d: %s", job.round + 1, outcome.refused.message)
+            logger.warning(
+                "round %d, client %d: %s", job.round + 1, client, outcome.refused.message
+            )
         if outcome.sent is None:
             assert outcome.refused is not None
             reason, message = outcome.refused.reason, outcome.refused.message
@@ -194,10 +196,10 @@ class Node:
         """The broadcast, checked against this node's own model."""
         shared = self._local.shared
         server = ServerState(job.round, shared, buffers=self._local.buffers)
-        extra = self._strategy.broadcast(server.restricted(shared.keys() - resting))
-        form = self._channel.format("downlink", shared, extra)
-        found = form.decode(job.payload, job.round) if form.schema else {}
-        return Broadcast(*self._channel.parted(found, shared, extra))
+        layout = self._channel.layout("downlink", server, resting)
+        found = layout.form.decode(job.payload, job.round) if layout.form.schema else {}
+        params, buffers, extra = layout.parted(found, shared)
+        return Broadcast({**params, **buffers}, extra)
 
     def _dataset(self, client: int) -> Any:
         if client not in self._data:

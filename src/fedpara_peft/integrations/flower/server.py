@@ -109,7 +109,7 @@ class FederationServer:
         rounds = RoundServer(
             args,
             strategy,
-            Channel(args),
+            Channel(args, strategy),
             num_examples,
             ServerState(0, local.shared, buffers=local.buffers),
             factor_blocks(self._model) if args.factor_schedule == "one_block" else [],
