@@ -79,7 +79,7 @@ def test_a_client_and_a_round_have_draws_of_their_own(tmp_path, draw):
 
     args = arguments(tmp_path, num_rounds=2, clients_per_round=2, num_local_epochs=1)
     FederatedTrainer(nn.Linear(8, 2), args, [Watched(None, i) for i in range(2)]).train()
-    assert len(seen) == len(set(seen)) == 80
+    assert len(set(seen[-80:])) == 80  # before them, rows are read to tell the data's digest
 
 
 @pytest.mark.parametrize("draw", DRAWS)

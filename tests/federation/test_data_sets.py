@@ -1,11 +1,13 @@
 """A data set makes its own rows: subclasses, transforms and collators are never gone past."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset as Rows
-from tests.federation.test_trainer import arguments
+from tests.federation.test_trainer import arguments as of_trainer
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -23,6 +25,10 @@ G = torch.Generator().manual_seed(0)
 X = torch.randn(60, 8, generator=G)
 Y = (X[:, 0] > 0).long()
 BASE = TensorDataset(X, Y)
+
+
+def arguments(folder, **changes):
+    return of_trainer(folder, overwrite_output_dir=True, **changes)
 
 
 class Masked(Subset):
@@ -214,10 +220,10 @@ def test_two_columns_that_may_be_labels_are_asked_about(tmp_path):
     with pytest.raises(PartitionError, match=r"\['fine_label', 'coarse_label'\].*label_column"):
         partition(rows, "dirichlet", 2)
     clients = partition(rows, "classes_per_client", 2, classes=1, label_column="coarse_label")
-    args = arguments(tmp_path, num_rounds=1, clients_per_round=2)
+    args = arguments(tmp_path, num_rounds=1, clients_per_round=2, on_client_error="raise")
     with pytest.raises(ClientDataError, match=r"client 0: any of the columns"):
         FederatedTrainer(nn.Linear(8, 2), args, clients).train()
-    args = arguments(tmp_path, num_rounds=1, clients_per_round=2, label_column="fine_label")
+    args = dataclasses.replace(args, label_column="fine_label")
     with pytest.raises(ClientDataError, match=r"leave \['coarse_label', 'x'\] out"):
         FederatedTrainer(nn.Linear(8, 2), args, clients).train()
     clients = [c.remove_columns("coarse_label") for c in clients]
@@ -227,12 +233,12 @@ def test_two_columns_that_may_be_labels_are_asked_about(tmp_path):
 def test_a_label_column_under_any_name(tmp_path):
     rows = Rows.from_dict({"x": X.tolist(), "diagnosis": Y.tolist()})
     assert partition(rows, "classes_per_client", 2, classes=1, label_column="diagnosis")
-    args = arguments(tmp_path, num_rounds=1, clients_per_round=1)
+    args = arguments(tmp_path, num_rounds=1, clients_per_round=1, on_client_error="raise")
     with pytest.raises(ClientDataError, match=r"no labels \(\['diagnosis', 'x'\]\).*label_column"):
         FederatedTrainer(Pair(), args, [rows]).train()
-    args = arguments(tmp_path, num_rounds=1, clients_per_round=1, label_column="diagnosis")
+    args = dataclasses.replace(args, label_column="diagnosis")
     FederatedTrainer(nn.Linear(8, 2), args, [rows], rows, compute_metrics=accuracy).train()
-    args = arguments(tmp_path, num_rounds=1, clients_per_round=1, label_column="diagnose")
+    args = dataclasses.replace(args, label_column="diagnose")
     with pytest.raises(ClientDataError, match=r"no column 'diagnose', there are .*'diagnosis'"):
         FederatedTrainer(nn.Linear(8, 2), args, [rows]).train()
 

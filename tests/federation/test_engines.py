@@ -375,7 +375,7 @@ def test_an_error_of_the_data_is_the_sequential_engines(tmp_path, caplog):
     """A label beyond the classes is said of its client, not of the stack."""
     bad = TensorDataset(torch.randn(12, 16).double(), torch.full((12,), 9))
     names = dict(zip("abcdefghij", [*CLIENTS[:9], bad], strict=True))
-    args = arguments(tmp_path, clients_per_round=10)
+    args = arguments(tmp_path, clients_per_round=10, on_client_error="raise")
     with pytest.raises(ClientDataError, match=r"client 'j': a label is not in \[0, 4\)"):
         FederatedTrainer(Base().double(), args, names).train()
 

@@ -47,7 +47,8 @@ def by_hand(model, data, batches, args):
 def run(folder, model, clients, **changes):
     args = arguments(
         folder, **{"num_rounds": 1, "num_local_epochs": 1, "clients_per_round": len(clients),
-                   "per_client_batch_size": 16, **changes}
+                   "per_client_batch_size": 16, "on_client_error": "raise",
+                   "overwrite_output_dir": True, **changes}
     )  # fmt: skip
     trainer = FederatedTrainer(model, args, clients)
     return trainer, trainer.train(), args

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tests.federation.test_trainer import arguments
+from tests.federation.test_trainer import arguments as of_trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -34,6 +34,10 @@ from fedpara_peft.federation.loss import DefaultLoss, classification_loss, terms
 
 G = torch.Generator().manual_seed(0)
 TEXTS = [torch.randint(1, 50, (n,), generator=G).tolist() for n in [4] * 8 + [40, 3, 7, 40, 21] * 2]
+
+
+def arguments(folder, **changes):
+    return of_trainer(folder, overwrite_output_dir=True, **changes)
 
 
 def collate(rows):
@@ -217,7 +221,7 @@ def test_a_loss_function_may_say_of_how_many_terms_it_is_the_mean(tmp_path):
 @pytest.mark.parametrize("engine", ["sequential", "batched"])
 def test_a_client_whose_labels_all_are_ignored_is_named(tmp_path, engine):
     nothing = TensorDataset(torch.zeros(5, 8), torch.full((5,), -100))
-    args = arguments(tmp_path, engine=engine, clients_per_round=2)
+    args = arguments(tmp_path, engine=engine, clients_per_round=2, on_client_error="raise")
     clients = {"ann": nothing, "bob": nothing}
     with pytest.raises(ClientDataError, match=r"client 'ann': no label counts"):
         FederatedTrainer(nn.Linear(8, 2), args, clients).train()
@@ -343,7 +347,7 @@ def test_batches_that_are_no_pair(batch):
 
 def test_regression_targets_name_the_client_and_the_remedy(tmp_path):
     x = torch.randn(20, 8)
-    args = arguments(tmp_path, clients_per_round=1)
+    args = arguments(tmp_path, clients_per_round=1, on_client_error="raise")
     clients = {"ann": TensorDataset(x, x[:, :1])}
     with pytest.raises(ClientDataError, match=r"client 'ann': labels are torch.float32.*regress"):
         FederatedTrainer(nn.Linear(8, 1), args, clients).train()
@@ -398,6 +402,6 @@ def test_a_transformers_model_with_labels_under_another_name(tmp_path):
 )
 def test_a_loss_function_that_returns_no_loss(tmp_path, compute_loss, says):
     data = TensorDataset(torch.randn(8, 4), torch.zeros(8).long())
-    args = arguments(tmp_path, clients_per_round=1)
+    args = arguments(tmp_path, clients_per_round=1, on_client_error="raise")
     with pytest.raises(ArgumentsError, match=says):
         FederatedTrainer(nn.Linear(4, 2), args, [data], compute_loss=compute_loss).train()
