@@ -50,7 +50,11 @@ class SGD:
 
 
 class Corrector:
-    """Applies a strategy's correction to the gradients, in place."""
+    """Applies a strategy's correction to the gradients, in place.
+
+    A parameter that the loss did not reach has the gradient 0, to which the correction is added all
+    the same: the strategy's term of the objective depends on it.
+    """
 
     def __init__(
         self, correction: Correction | None, parameters: Mapping[str, nn.Parameter], start: State
@@ -61,13 +65,17 @@ class Corrector:
         self._offset = [(p, offset[n]) for n, p in parameters.items() if n in offset]
 
     def __call__(self) -> None:
-        """Correct the gradients there are."""
+        """Correct the gradients."""
         for parameter, fixed in self._pulled:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - fixed, alpha=self._pull)
+            _gradient(parameter).add_(parameter.detach() - fixed, alpha=self._pull)
         for parameter, fixed in self._offset:
-            if parameter.grad is not None:
-                parameter.grad.add_(fixed)
+            _gradient(parameter).add_(fixed)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 class StackedSGD:
@@ -96,12 +104,17 @@ class StackedSGD:
 
         Args:
             stack: every client's tensors.
-            grads: gradients of those that have one; the others rest.
+            grads: gradients of those that have one; of the others those that a correction moves
+                have 0, and the rest stay where they are.
             rate: learning rate.
             made: which clients make this step; None: all.
         """
         args = self._args
-        found = {n: self._corrected(n, stack[n], grad) for n, grad in grads.items()}
+        found = {
+            name: self._corrected(name, value, grads.get(name))
+            for name, value in stack.items()
+            if name in grads or name in self._offset or (self._pull and name in self._start)
+        }
         if args.max_grad_norm is not None and found:
             squares = [g.flatten(1).square().sum(1) for g in found.values()]
             norms = functools.reduce(torch.add, squares).sqrt()
@@ -119,7 +132,8 @@ class StackedSGD:
         moved = {n: stack[n].add(v, alpha=-rate) for n, v in found.items()}
         return {**stack, **_where(made, moved, stack)}
 
-    def _corrected(self, name: str, value: Tensor, grad: Tensor) -> Tensor:
+    def _corrected(self, name: str, value: Tensor, grad: Tensor | None) -> Tensor:
+        grad = torch.zeros_like(value) if grad is None else grad
         if self._pull and name in self._start:
             grad = grad.add(value - self._start[name], alpha=self._pull)
         return grad + self._offset[name] if name in self._offset else grad
