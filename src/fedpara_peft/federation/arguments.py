@@ -77,8 +77,26 @@ class FederatedArguments:
     )
     num_local_epochs: int = field(default=1, metadata={"help": "Epochs E a client trains."})
     per_client_batch_size: int = field(default=32, metadata={"help": "Examples per local step."})
+    drop_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out a last training batch that is not full, unless it is the only one; "
+            "otherwise a last row alone joins the batch before it where there is batch norm."
+        },
+    )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Batches per local step; their gradients are averaged."}
+        default=1,
+        metadata={
+            "help": "Batches per local step; their gradients are averaged over rows, or over the "
+            "tokens that count."
+        },
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the labels; by default the only one that is called labels, label, "
+            "y, target, class or the like."
+        },
     )
     mixed_precision: str | None = field(
         default=None,

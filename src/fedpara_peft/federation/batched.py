@@ -7,42 +7,55 @@ cache. So this pays for small adapters, and costs where a client's weights are l
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 
 from ..comm.state import State
+from ..maths.errors import FedParaError
 from ..tuner.layer import FedParaLayer
 from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
-from .batches import tensors_of
-from .client import LocalTrainer, LossFunction, Turn
-from .loss import default_loss
+from .batches import batch_sizes, tensors_of
+from .client import LocalTrainer, Turn, nothing_counts, one_row_said
+from .errors import ArgumentsError
+from .local_sgd import StackedSGD
+from .loss import DefaultLoss, LossFunction, read_loss
 from .random import torch_generator
+from .sideeffects import SideEffects
 from .state import Broadcast, ClientState
-from .step_weights import StepWeights, clip_scale
 from .strategies import LocalSteps
+
+logger = logging.getLogger(__name__)
 
 #: Trained values of a client up to which stacking paid on the CPU it was measured on.
 _MOST_VALUES = 20_000
 _FEWEST_CLIENTS = 8
 #: Values in one stack.
 _STACK_VALUES = 1 << 24
+#: Relative difference of the two engines' first gradients that rounding does not explain.
+_DISAGREE = 1e-2
+
+#: Arguments of :meth:`LocalTrainer.end`.
+Ended = tuple[Turn, int, float, LocalSteps, State, State]
 
 
 class BatchedTrainer:
     """Trains clients with equally many examples side by side.
 
+    The first stack tells whether the model can be stacked at all: it must run, change nothing but
+    what is trained, draw no random numbers, and have the gradients of the sequential engine.
+
     Args:
         local: the sequential engine, which begins and ends the clients' turns.
         args: the run's settings.
         accelerator: device.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, outputs)``.
+        compute_loss: from the model and a batch to what :func:`~.loss.read_loss` reads.
     """
 
     def __init__(
@@ -57,24 +70,32 @@ class BatchedTrainer:
         self._device = accelerator.device
         self._alone = accelerator.num_processes == 1
         self._loss = _Loss(local.model, compute_loss)
-        self._default_loss = compute_loss is default_loss
+        self._default_loss = isinstance(compute_loss, DefaultLoss)
         self._plain = accelerator.mixed_precision == "no"
+        self._proven = False
+        self._refused = False
 
     def obstacle(self) -> str | None:
         """What keeps this model or run from being stacked; None if nothing does."""
         args, model = self._args, self._local.model
+        if self._local.collator is not None:
+            return "a data_collator makes each client's batches from its rows"
         if persistent_buffers(model):
             return "the model has buffers that training changes (use group norm)"
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             return "fused recurrent kernels cannot be mapped"
         if any(_drops(module) for module in model.modules()):
             return "dropout draws other numbers when clients are stacked"
+        if _hooked(model):
+            return "hooks would see, or miss, the stacked tensors"
         if args.jacobian_correction or args.gradient_accumulation_steps > 1 or not self._plain:
             return "it has no Jacobian correction, gradient accumulation or mixed precision"
         return None
 
     def wanted(self, num_clients: int) -> bool:
         """Whether stacking so many clients is asked for, or is known to pay."""
+        if self._refused:
+            return False
         if self._args.engine == "batched":
             return True
         return (
@@ -89,11 +110,12 @@ class BatchedTrainer:
         )
 
     def groups(self, data: Mapping[int, Any]) -> list[list[int]]:
-        """Clients of equally many examples, as many as are worth a stack; others are left out."""
-        by_size: dict[int, list[int]] = {}
+        """Clients of equally many like examples, as many as are worth a stack; not the others."""
+        by_size: dict[Any, list[int]] = {}
         for client, dataset in data.items():
-            if tensors_of(dataset) is not None:
-                by_size.setdefault(len(dataset), []).append(client)
+            if (found := tensors_of(dataset)) is not None:
+                like = tuple((t.shape[1:], t.dtype, t.device) for t in found[0])
+                by_size.setdefault((len(dataset), like), []).append(client)
         most = max(1, _STACK_VALUES // max(1, self._values()))
         stacks = [
             group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)
@@ -109,7 +131,7 @@ class BatchedTrainer:
         broadcast: Broadcast,
         states: Sequence[ClientState | None],
         resting: Collection[str] = (),
-    ) -> list[tuple[Turn, int, float, LocalSteps, State, State]]:
+    ) -> list[Ended] | None:
         """Train clients of equally many examples; arguments of :meth:`LocalTrainer.end` for each.
 
         Args:
@@ -119,57 +141,143 @@ class BatchedTrainer:
             broadcast: what the clients received.
             states: what they kept.
             resting: names that do not train this round.
+
+        Returns:
+            None where they must train one after the other, and nothing has changed: a client's
+            data are refused, or the model turns out not to be one that can be stacked. With
+            ``engine="auto"`` that is logged once, and nothing is stacked again.
+
+        Raises:
+            ArgumentsError: the model cannot be stacked, with ``engine="batched"``.
         """
+        model = self._local.model
+        model.train()
+        effects = None if self._proven else SideEffects(model, self._device)
+        cause: Exception | None = None
+        try:
+            with one_row_said():
+                ended = self._train(clients, datasets, round, broadcast, states, resting)
+            reason = None if effects is None else effects.found()
+            if reason is None:
+                self._proven = True
+                return ended
+        except FedParaError:  # of data or loss: the sequential engine finds it, and says whose
+            if effects is not None:
+                effects.undo()
+            return None
+        except Exception as error:
+            cause = error
+            first = str(error).partition("\n")[0]
+            reason = f"running it stacked raises {type(error).__name__}: {first:.200}"
+            reason = (effects and effects.found()) or reason  # rather the cause than what follows
+        if effects is not None:
+            effects.undo()
+        if self._args.engine == "batched":
+            raise ArgumentsError(
+                f"engine='batched' is not possible: {reason}; use engine='sequential'"
+            ) from cause
+        logger.warning("clients train one after the other, the model cannot be stacked: %s", reason)
+        self._refused = True
+        return None
+
+    def _train(
+        self,
+        clients: Sequence[int],
+        datasets: Sequence[Any],
+        round: int,
+        broadcast: Broadcast,
+        states: Sequence[ClientState | None],
+        resting: Collection[str],
+    ) -> list[Ended]:
         local, args = self._local, self._args
         turns = [
             local.begin(c, round, broadcast, s, resting)
             for c, s in zip(clients, states, strict=True)
         ]
-        local.load(broadcast.params)
+        local.load(broadcast.params, states[0])
         count = len(clients)
         own = [local.first_local if s is None else s.local for s in states]
         stack = {n: p.expand(count, *p.shape).clone() for n, p in turns[0].seen.params.items()}
         for name, tensor in local.local.items():
             stack[name] = torch.stack([state[name].to(tensor.device) for state in own])
-        optimizer = _StackedSGD(stack, turns, args, args.learning_rate_at(round))
-        gradients = vmap(grad_and_value(self._mean_loss), in_dims=(0, 0))
-        local.model.train()
-        losses, sizes = [], []
-        for epoch in range(args.num_local_epochs):
-            orders = [torch_generator(args.seed, round, c, f"batches {epoch}") for c in clients]
-            columns = _gathered(datasets, orders, self._device)
-            for batch in zip(
-                *(torch.split(c, args.per_client_batch_size, 1) for c in columns), strict=True
-            ):
-                grads, loss = gradients(stack, batch)
-                stack = optimizer.step(stack, grads)
-                losses.append(loss.detach())
-                sizes.append(batch[0].shape[1])
-        weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        means = (torch.stack(losses).cpu().double() * weights[:, None]).sum(0).tolist()
-        totals = (
-            torch.as_tensor(optimizer.weights.total, dtype=torch.float64).expand(count).tolist()
-        )
         rate = args.learning_rate_at(round)
+        optimizer = StackedSGD(stack, turns[0].seen.params, [t.correction for t in turns], args)
+        losses: list[Tensor] = []
+        terms: list[Tensor] = []
+        for batch, rows in self._batches(clients, datasets, round):
+            grads, loss, counts = self._gradients(stack, batch, rows)
+            if not self._proven and not losses:
+                self._compare([column[0] for column in batch], grads)
+            made = None if bool(counts.all()) else counts > 0
+            stack = optimizer.step(stack, grads, rate, made)
+            losses.append(loss if made is None else loss.where(made, 0))
+            terms.append(counts)
+        weights = torch.stack(terms).cpu().double()
+        totals = weights.sum(0)
+        if not bool(totals.all()):
+            raise nothing_counts()
+        means = ((torch.stack(losses).cpu().double() * weights).sum(0) / totals).tolist()
+        steps = (weights > 0).sum(0).tolist()
+        total = torch.as_tensor(optimizer.weights.total, dtype=torch.float64)
+        weighed = total.expand(count).tolist()
         return [
             (
                 turn,
                 len(datasets[i]),
                 means[i],
-                LocalSteps(len(sizes), rate, totals[i]),
+                LocalSteps(steps[i], rate, weighed[i]),
                 {n: stack[n][i] for n in turn.seen.params},
                 {n: stack[n][i].clone() for n in local.local},
             )
             for i, turn in enumerate(turns)
         ]
 
+    def _batches(
+        self, clients: Sequence[int], datasets: Sequence[Any], round: int
+    ) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+        """Every client's batches in its own order, ``(clients, rows, ...)`` for each column."""
+        args = self._args
+        sizes = batch_sizes(len(datasets[0]), args.per_client_batch_size, self._local.last_batch())
+        for epoch in range(args.num_local_epochs):
+            orders = [torch_generator(args.seed, round, c, f"batches {epoch}") for c in clients]
+            columns = [column[:, : sum(sizes)] for column in _gathered(datasets, orders)]
+            parts = [torch.split(column.to(self._device), sizes, 1) for column in columns]
+            yield from zip(zip(*parts, strict=True), sizes, strict=True)
+
+    def _gradients(
+        self, stack: State, batch: tuple[Tensor, ...], rows: int
+    ) -> tuple[State, Tensor, Tensor]:
+        """Gradients of what has any, mean loss and number of terms of every client."""
+        live = {n: t.detach().requires_grad_() for n, t in stack.items()}
+
+        def one(tensors: State, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+            found: tuple[Tensor, Tensor] = functional_call(self._loss, named, (batch, rows))
+            return found
+
+        losses, terms = vmap(one)(live, batch)
+        found = torch.autograd.grad(losses.sum(), list(live.values()), allow_unused=True)
+        grads = {n: g for n, g in zip(live, found, strict=True) if g is not None}
+        return grads, losses.detach(), terms
+
+    def _compare(self, batch: Sequence[Tensor], grads: State) -> None:
+        """The first client's gradients against those that it has alone; the model holds it."""
+        parameters = {n: p for n, p in self._local.parameters.items() if p.requires_grad}
+        loss, _ = self._loss(tuple(batch), len(batch[0]))
+        if not bool(loss.isfinite()):
+            return
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        alone = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+        if alone.keys() != grads.keys():
+            names = sorted(alone.keys() ^ grads.keys())
+            raise RuntimeError(f"stacked clients train other parameters, {names[:3]}")
+        apart = sum(float((grads[n][0] - g).double().square().sum()) for n, g in alone.items())
+        size = sum(float(g.double().square().sum()) for g in alone.values())
+        if apart > _DISAGREE**2 * size:
+            raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")
+
     def _values(self) -> int:
         return sum(p.numel() for p in self._local.parameters.values())
-
-    def _mean_loss(self, tensors: State, batch: Any) -> Tensor:
-        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        loss: Tensor = functional_call(self._loss, named, (batch,))
-        return loss
 
 
 class _Loss(nn.Module):
@@ -180,61 +288,13 @@ class _Loss(nn.Module):
         self.model = model
         self._compute = compute_loss
 
-    def forward(self, batch: Any) -> Tensor:
-        output = self._compute(self.model, batch)
-        return output[0] if isinstance(output, tuple) else output
+    def forward(self, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
+        found = read_loss(self._compute(self.model, batch))
+        terms = rows if found.terms is None else found.terms
+        return found.mean, torch.as_tensor(terms, dtype=torch.float32, device=found.mean.device)
 
 
-class _StackedSGD:
-    """The sequential engine's correction, clipping and step, for every client of a stack."""
-
-    def __init__(
-        self, stack: State, turns: Sequence[Turn], args: FederatedArguments, rate: float
-    ) -> None:
-        self._args, self._rate = args, rate
-        self._start = turns[0].seen.params
-        corrections = [turn.correction for turn in turns]
-        first = corrections[0]
-        self._pull = first.pull if first else 0.0
-        offsets = [(c.offset if c else None) or {} for c in corrections]
-        self._offset = {
-            n: torch.stack([o[n] if n in o else torch.zeros_like(stack[n][0]) for o in offsets])
-            for n in {name for offset in offsets for name in offset}
-        }
-        self._velocity: State = {}
-        self.weights = StepWeights(args.momentum)
-
-    def step(self, stack: State, grads: State) -> State:
-        """The stack after a step."""
-        args = self._args
-        found = {n: self._corrected(n, stack[n], grad) for n, grad in grads.items()}
-        if args.max_grad_norm is not None:
-            squares = [g.flatten(1).square().sum(1) for g in found.values()]
-            norms = functools.reduce(torch.add, squares).sqrt()
-            scale = clip_scale(norms, args.max_grad_norm)
-            found = {n: g * scale.view(-1, *[1] * (g.dim() - 1)) for n, g in found.items()}
-            self.weights.step(scale)
-        else:
-            self.weights.step()
-        if args.weight_decay:
-            found = {n: g.add(stack[n], alpha=args.weight_decay) for n, g in found.items()}
-        if args.momentum:
-            found = {
-                n: self._velocity[n] * args.momentum + g if n in self._velocity else g
-                for n, g in found.items()
-            }
-            self._velocity = found
-        return {n: p.add(found[n], alpha=-self._rate) for n, p in stack.items()}
-
-    def _corrected(self, name: str, value: Tensor, grad: Tensor) -> Tensor:
-        if self._pull and name in self._start:
-            grad = grad.add(value - self._start[name], alpha=self._pull)
-        return grad + self._offset[name] if name in self._offset else grad
-
-
-def _gathered(
-    datasets: Sequence[Any], orders: Sequence[torch.Generator], device: torch.device
-) -> list[Tensor]:
+def _gathered(datasets: Sequence[Any], orders: Sequence[torch.Generator]) -> list[Tensor]:
     """Every client's rows in its own order, ``(clients, examples, ...)`` for each column."""
     rows = []
     for data, generator in zip(datasets, orders, strict=True):
@@ -243,7 +303,19 @@ def _gathered(
         tensors, own = found
         order = torch.randperm(len(data), generator=generator)
         rows.append([t[order if own is None else own[order]] for t in tensors])
-    return [torch.stack(list(column)).to(device) for column in zip(*rows, strict=True)]
+    return [torch.stack(list(column)) for column in zip(*rows, strict=True)]
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether anything of the model has hooks, the user's or of old-style weight norm."""
+    on_modules = (
+        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    )  # fmt: skip
+    return (
+        any(getattr(module, hooks) for module in model.modules() for hooks in on_modules)
+        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def _drops(module: nn.Module) -> bool:

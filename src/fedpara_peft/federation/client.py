@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +20,19 @@ from ..comm.state import State, communicated_state, local_state
 from ..tuner.jacobian import composed_weights, jacobian_correction
 from ..tuner.scope import persistent_buffers
 from .arguments import FederatedArguments
-from .batches import Collator, batches
-from .errors import ArgumentsError
-from .loss import batch_size
-from .random import derived_seed, torch_generator
+from .batches import Collator, LastBatch, batches, count_rows
+from .errors import ArgumentsError, ClientDataError, about
+from .local_sgd import SGD, Corrector
+from .loss import Loss, LossFunction, read_loss
+from .random import derived_seed, seeded, torch_generator
 from .state import Broadcast, ClientState, ClientUpdate
 from .step_weights import StepWeights, clip_scale
 from .strategies import Correction, LocalSteps, Strategy
 
-LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
+logger = logging.getLogger(__name__)
 
 _FIRST_LOSS_SCALE = 2.0**16
+_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ class LocalTrainer:
         args: the run's settings.
         accelerator: device and mixed precision.
         strategy: the federated optimizer.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, outputs)``.
+        compute_loss: from the model and a batch to what :func:`~.loss.read_loss` reads.
         collator: makes a batch from rows.
+        names: the clients' names, for messages; their indices by default.
 
     Attributes:
         shared: the communicated tensors, live.
@@ -105,13 +109,15 @@ class LocalTrainer:
         strategy: Strategy,
         compute_loss: LossFunction,
         collator: Collator | None = None,
+        names: Sequence[Any] | None = None,
     ) -> None:
         self.model = model
         self._args = args
         self._accelerator = accelerator
         self._strategy = strategy
         self._compute_loss = compute_loss
-        self._collator = collator
+        self.collator = collator
+        self._names = names
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ArgumentsError(
@@ -128,6 +134,7 @@ class LocalTrainer:
             )
         buffers = _buffers(model)
         self.buffers = frozenset(buffers) & self.shared.keys()
+        self._tell_of_batch_norm()
         self.first_local = _clone(self.local)
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
@@ -145,6 +152,17 @@ class LocalTrainer:
             _copy(list(self.shared.values()), [params[n] for n in self.shared])
             _copy(list(self.local.values()), [local[n] for n in self.local])
             _copy(self._resting, self._first_resting)
+
+    def name(self, client: int) -> Any:
+        """A client's name, for messages."""
+        return client if self._names is None else self._names[client]
+
+    def last_batch(self) -> LastBatch:
+        """What becomes of a last batch that is not full, with the model in training mode."""
+        if self._args.drop_last:
+            return "drop"
+        normalizes = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
+        return "merge" if normalizes else "keep"
 
     def rest(self, names: Collection[str]) -> None:
         """Train everything but these parameters from now on."""
@@ -175,12 +193,15 @@ class LocalTrainer:
 
         Raises:
             PayloadError: the loss is not finite, so there is nothing to send.
+            ClientDataError: the data cannot be trained on; the message names the client.
         """
         turn = self.begin(client, round, broadcast, state, resting)
         self.load(broadcast.params, state)
-        loss, steps = self._steps(turn, dataset)
+        with about(self.name(client)):
+            examples = count_rows(dataset)
+            loss, steps = self._steps(turn, dataset)
         here = {n: self.shared[n] for n in turn.seen.params}
-        return self.end(turn, len(dataset), loss, steps, here, _clone(self.local))
+        return self.end(turn, examples, loss, steps, here, _clone(self.local))
 
     def begin(
         self,
@@ -238,19 +259,22 @@ class LocalTrainer:
         args, round, client = self._args, turn.round, turn.client
         rate = args.learning_rate_at(round)
         trained = {n: p for n, p in self.parameters.items() if n in turn.seen.params}
-        correct = _Corrector(turn.correction, trained, turn.seen.params)
-        optimizer = _SGD(list(self.parameters.values()), rate, args.momentum, args.weight_decay)
+        correct = Corrector(turn.correction, trained, turn.seen.params)
+        optimizer = SGD(list(self.parameters.values()), rate, args.momentum, args.weight_decay)
         self._loss_scale = _FIRST_LOSS_SCALE if self._scales_loss else 1.0
         self.model.train()
-        losses, counts, steps = [], [], 0
+        found: list[tuple[Tensor, float]] = []
+        steps = 0
         weights = StepWeights(args.momentum)
-        with torch.random.fork_rng(devices=_cuda_devices(self._accelerator)):
-            # Dropout and the like draw from the global generators.
-            _seed(derived_seed(args.seed, round, client, "training"), self._accelerator.device)
+        # Dropout, transforms and collators draw from the global generators.
+        seed = derived_seed(args.seed, round, client, "training")
+        with seeded(seed, self._accelerator.device), one_row_said():
             for epoch in range(args.num_local_epochs):
                 order = torch_generator(args.seed, round, client, f"batches {epoch}")
                 for window in self._windows(dataset, order):
-                    found, sizes = self._gradients(window, rate)
+                    losses = self._gradients(window, rate)
+                    if not losses:
+                        continue
                     correct()
                     scale: Tensor | float = 1.0
                     if args.max_grad_norm is not None:
@@ -260,36 +284,49 @@ class LocalTrainer:
                         scale = clip_scale(norm, args.max_grad_norm)
                     weights.step(scale)
                     optimizer.step()
-                    losses += found
-                    counts += sizes
+                    found += losses
                     steps += 1
-        mean = torch.stack(losses).cpu().double() @ torch.tensor(counts).double() / sum(counts)
+        if not found:
+            raise nothing_counts()
+        terms = torch.tensor([count for _, count in found], dtype=torch.float64)
+        mean = torch.stack([loss for loss, _ in found]).cpu().double() @ terms / terms.sum()
         return float(mean), LocalSteps(steps, rate, float(weights.total))
 
-    def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[Any]]:
-        """The batches of every local step."""
+    def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[tuple[Any, int]]]:
+        """The batches of every local step, and of how many rows each is."""
         args, device = self._args, self._accelerator.device
-        rows = batches(dataset, args.per_client_batch_size, self._collator, order)
+        size = args.per_client_batch_size
+        rows = batches(dataset, size, self.collator, order, self.last_batch())
         while window := list(itertools.islice(rows, args.gradient_accumulation_steps)):
             if device.type == "cpu":
                 yield window
             else:
-                yield [send_to_device(batch, device) for batch in window]
+                yield [(send_to_device(batch, device), count) for batch, count in window]
 
-    def _gradients(self, window: list[Any], rate: float) -> tuple[list[Tensor], list[int]]:
-        """Gradients of the mean loss over a step's examples; every batch's loss and size."""
-        sizes = [batch_size(batch) for batch in window]
+    def _gradients(self, window: list[tuple[Any, int]], rate: float) -> list[tuple[Tensor, float]]:
+        """Gradients of the mean loss over a step's terms; every batch's loss and terms.
+
+        A batch without a term (no label counts) is left out: its mean loss is not a number.
+        """
         while True:
             for parameter in self.parameters.values():
                 parameter.grad = None
-            losses = []
-            for batch, size in zip(window, sizes, strict=True):
+            found: list[tuple[Tensor, float]] = []
+            for batch, rows in window:
                 loss, total = self._loss(batch, rate)
-                share = size / sum(sizes) * self._loss_scale
+                terms = float(rows if loss.terms is None else loss.terms)
+                if not terms:
+                    continue
+                found.append((loss.mean.detach(), terms))
+                # In units of the first batch: how many terms will come is known at the end only.
+                share = terms / found[0][1] * self._loss_scale
                 self._accelerator.backward(total if share == 1 else total * share)
-                losses.append(loss.detach())
-            if not self._scales_loss or self._unscale():
-                return losses, sizes
+            if len(found) > 1:
+                share = found[0][1] / sum(terms for _, terms in found)
+                grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+                torch._foreach_mul_(grads, share)
+            if not (found and self._scales_loss) or self._unscale():
+                return found
 
     def _unscale(self) -> bool:
         """Undo fp16's loss scale; False if it was too large and the step must be made again."""
@@ -300,84 +337,52 @@ class LocalTrainer:
         self._loss_scale /= 2
         return False
 
-    def _loss(self, batch: Any, rate: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Any, rate: float) -> tuple[Loss, Tensor]:
         """A batch's loss, alone and with what regularizers add to it."""
         strength = self._args.jacobian_correction
         if strength == 0:
             loss = self._forward(batch)
-            return loss, loss
+            return loss, loss.mean
         with composed_weights(self.model) as composed:
             loss = self._forward(batch)
-            return loss, loss + jacobian_correction(loss, composed, rate, strength)
+            added = jacobian_correction(loss.mean, composed, rate, strength)
+            return loss, loss.mean + added
 
-    def _forward(self, batch: Any) -> Tensor:
+    def _forward(self, batch: Any) -> Loss:
         with self._autocast():
-            output = self._compute_loss(self.model, batch)
-        return output[0] if isinstance(output, tuple) else output
+            return read_loss(self._compute_loss(self.model, batch))
+
+    def _tell_of_batch_norm(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and f"{name}.running_mean".lstrip(".") in self.shared:
+                logger.warning(
+                    "%r is batch norm: its statistics are averaged over the clients, badly where "
+                    "their data differ; group norm has none, and local_modules keeps batch norms "
+                    "with each client (FedBN)",
+                    name,
+                )
+                return
 
 
-class _SGD:
-    """torch's SGD, in the same bits, without what its class does around every step.
-
-    g ← g + λ w,   v ← β v + g,   w ← w - η v
-    """
-
-    def __init__(
-        self, parameters: list[nn.Parameter], rate: float, momentum: float, weight_decay: float
-    ) -> None:
-        self._parameters = parameters
-        self._rate, self._momentum, self._weight_decay = rate, momentum, weight_decay
-        self._velocity: dict[Tensor, Tensor] = {}
-
-    def step(self) -> None:
-        """Move the parameters that have gradients."""
-        pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        if not pairs:
-            return
-        moving: list[Tensor] = [p for p, _ in pairs]
-        steps = [g for _, g in pairs]
-        with torch.no_grad():
-            if self._weight_decay:
-                steps = list(torch._foreach_add(steps, moving, alpha=self._weight_decay))
-            if self._momentum:
-                steps = self._velocities(moving, steps)
-            torch._foreach_add_(moving, steps, alpha=-self._rate)
-
-    def _velocities(self, moving: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
-        for parameter, step in zip(moving, steps, strict=True):
-            if parameter in self._velocity:
-                self._velocity[parameter].mul_(self._momentum).add_(step)
-            else:
-                self._velocity[parameter] = step.clone()
-        return [self._velocity[p] for p in moving]
+def nothing_counts() -> ClientDataError:
+    """A client whose labels are all ignored."""
+    return ClientDataError(
+        "no label counts (all are -100), so there is nothing to learn from: leave the client out"
+    )
 
 
-class _Corrector:
-    """Applies a strategy's correction to the gradients, in place.
-
-    A parameter that the loss did not reach has the gradient 0, to which the correction is added all
-    the same: the strategy's term of the objective depends on it.
-    """
-
-    def __init__(
-        self, correction: Correction | None, parameters: Mapping[str, nn.Parameter], start: State
-    ) -> None:
-        self._pull = correction.pull if correction else 0.0
-        offset = (correction.offset if correction else None) or {}
-        self._pulled = [(p, start[n]) for n, p in parameters.items()] if self._pull else []
-        self._offset = [(p, offset[n]) for n, p in parameters.items() if n in offset]
-
-    def __call__(self) -> None:
-        for parameter, fixed in self._pulled:
-            _gradient(parameter).add_(parameter.detach() - fixed, alpha=self._pull)
-        for parameter, fixed in self._offset:
-            _gradient(parameter).add_(fixed)
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+@contextmanager
+def one_row_said() -> Iterator[None]:
+    """Batch norm's refusal to normalize one value, as an error of the data."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ClientDataError(
+            "batch norm cannot train on a batch of one row: raise per_client_batch_size, leave "
+            "clients of one row out, or use group norm"
+        ) from error
 
 
 def _only(state: State, names: Collection[str]) -> State:
@@ -399,16 +404,3 @@ def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
 
 def _buffers(model: nn.Module) -> State:
     return persistent_buffers(model)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed the generators that a client draws from; ``torch.manual_seed`` records tracebacks."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-def _cuda_devices(accelerator: Accelerator) -> list[torch.device]:
-    return [accelerator.device] if accelerator.device.type == "cuda" else []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from ..maths.errors import FedParaError
 
 
@@ -31,3 +35,12 @@ class AgreementError(FedParaError, RuntimeError):
 
 class RunFolderError(FedParaError, OSError):
     """A run's folder cannot be written; what was whole in it still is."""
+
+
+@contextmanager
+def about(client: Any) -> Iterator[None]:
+    """Say of which client an error is."""
+    try:
+        yield
+    except (ArgumentsError, ClientDataError) as error:
+        raise type(error)(f"client {client!r}: {error}") from error.__cause__

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
 from transformers import EvalPrediction
+
+from .errors import ArgumentsError
+from .loss import IGNORED
 
 _LOWER = re.compile(
     r"(^|[_\W])(loss|perplexity|error|std|[rm]?m[sa]e|[wc]er)($|[_\W])", re.IGNORECASE
@@ -22,6 +26,19 @@ def higher_is_better(name: str) -> bool:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of examples whose highest logit (last dimension) is at the label."""
-    correct = np.argmax(prediction.predictions, axis=-1) == prediction.label_ids
-    return {"accuracy": float(correct.mean())}
+    """Share of labels that the highest logit (last dimension) is at; those of -100 do not count.
+
+    Raises:
+        ArgumentsError: there is not one label for each prediction.
+    """
+    predicted = np.argmax(prediction.predictions, axis=-1)
+    labels = np.asarray(prediction.label_ids)
+    if labels.shape != predicted.shape:
+        if labels.shape != (*predicted.shape, 1):
+            raise ArgumentsError(
+                f"accuracy needs logits (…, classes) and labels (…), got "
+                f"{np.shape(prediction.predictions)} and {labels.shape}: give compute_metrics"
+            )
+        labels = labels[..., 0]
+    counts = labels != IGNORED
+    return {"accuracy": float((predicted == labels)[counts].mean()) if counts.any() else math.nan}

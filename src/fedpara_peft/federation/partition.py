@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset
 
-from .errors import PartitionError
-from .random import numpy_generator
+from .batches import count_rows, read_rows, tensors_of
+from .errors import ClientDataError, PartitionError
+from .labels import label_name, labels_of_batch
+from .random import derived_seed, numpy_generator, seeded
 
 Indices = list[np.ndarray]
+_ROWS_AT_ONCE = 256
 
 
 def partition(
@@ -34,8 +37,10 @@ def partition(
             not matter; ``min_examples`` as above.
         a flwr-datasets partitioner: any object with ``dataset`` and ``load_partition``.
 
-    ``"dirichlet"`` and ``"classes_per_client"`` take ``label_column`` (default ``"label"``) or
-    ``labels`` (a sequence).
+    ``"dirichlet"`` and ``"classes_per_client"`` take ``label_column`` (by default the only one with
+    a usual name: labels, label, y, target, class, …) or ``labels`` (a sequence). Columns, tensors
+    and ``targets`` are read at once; a data set that makes its rows itself (a subclass with a
+    ``__getitem__`` of its own, a transform of labels) is read row by row.
 
     Args:
         dataset: a ``datasets.Dataset`` or a map-style torch data set.
@@ -52,6 +57,10 @@ def partition(
     """
     if num_clients < 1:
         raise PartitionError(f"num_clients must be at least 1, got {num_clients}")
+    try:
+        count_rows(dataset)
+    except ClientDataError as error:
+        raise PartitionError(str(error)) from None
     if hasattr(scheme, "load_partition"):
         return _by_partitioner(dataset, scheme, num_clients)
     if not isinstance(scheme, str) or scheme not in _SCHEMES:
@@ -73,38 +82,84 @@ def subset(dataset: Any, indices: np.ndarray) -> Any:
     return Subset(dataset, indices.tolist())
 
 
-def labels_of(dataset: Any, label_column: str = "label", labels: Any = None) -> np.ndarray:
+def labels_of(dataset: Any, label_column: str | None = None, labels: Any = None) -> np.ndarray:
     """The labels of a data set as an integer code per example.
 
     Raises:
         PartitionError: no labels were found, or not one per example.
     """
-    if labels is None:
-        if hasattr(dataset, "column_names"):
-            if label_column not in dataset.column_names:
-                raise PartitionError(
-                    f"no column {label_column!r}; the data set has {dataset.column_names}: give "
-                    "label_column"
-                )
-            labels = dataset.with_format(None)[label_column]
-        elif isinstance(dataset, TensorDataset):
-            labels = dataset.tensors[-1]
-        elif isinstance(dataset, Subset):  # of a random_split, say
-            labels = labels_of(dataset.dataset, label_column)[dataset.indices]
-        elif hasattr(dataset, "targets"):
-            labels = dataset.targets
-        else:
-            raise PartitionError(
-                f"{type(dataset).__name__} has no columns, tensors or targets to read labels "
-                "from: give labels=[…], one per example"
-            )
-    values = labels.numpy() if isinstance(labels, torch.Tensor) else np.asarray(list(labels))
+    try:
+        found = _stored_labels(dataset, label_column) if labels is None else labels
+        if found is None:
+            found = _labels_of_rows(dataset, label_column)
+    except ClientDataError as error:
+        raise PartitionError(str(error)) from None
+    values = np.asarray(found.cpu() if isinstance(found, torch.Tensor) else list(found))
+    if values.shape == (len(dataset), 1):
+        values = values[:, 0]
     if values.shape != (len(dataset),):
         raise PartitionError(
             f"labels have shape {values.shape}, the data set {len(dataset)} examples: give one "
             "label per example"
         )
     return np.unique(values, return_inverse=True)[1]
+
+
+def _stored_labels(dataset: Any, label_column: str | None) -> Any:
+    """Labels that are read at once; None where only the rows themselves tell."""
+    if "__getitems__" in getattr(dataset, "__dict__", ()):
+        return None
+    if (columns := getattr(dataset, "column_names", None)) is not None:
+        kind = type(dataset)
+        plain = kind.__module__.partition(".")[0] == "datasets"
+        if not plain or dataset.format["type"] == "custom":  # a transform may change labels
+            return None
+        name = label_name(columns, label_column)
+        if name is None:
+            raise PartitionError(
+                f"no column of labels; the data set has {columns}: give label_column, or labels=[…]"
+            )
+        return dataset.with_format(None)[name]
+    if type(dataset) is Subset:  # of a random_split, say
+        whole = _stored_labels(dataset.dataset, label_column)
+        return None if whole is None else np.asarray(whole)[np.asarray(dataset.indices)]
+    if (tensors := tensors_of(dataset)) is not None:
+        return tensors[0][-1]
+    targets = getattr(dataset, "targets", None)
+    if targets is None or isinstance(dataset, Subset) or len(targets) != len(dataset):
+        return None
+    return targets if _tells(dataset, targets) else None
+
+
+def _tells(dataset: Any, targets: Any) -> bool:
+    """Whether a torch data set's rows have the labels of its ``targets``."""
+    joint = getattr(dataset, "transforms", None)  # torchvision's, of image and target together
+    transform = getattr(joint, "target_transform", joint)
+    if transform is not None or getattr(dataset, "target_transform", None) is not None:
+        return False
+    some = np.linspace(0, len(dataset) - 1, min(16, len(dataset)), dtype=int).tolist()
+    seen = _read(dataset, some, None)
+    return np.array_equal(np.ravel(seen), np.ravel([np.asarray(targets[i]) for i in some]))
+
+
+def _labels_of_rows(dataset: Any, label_column: str | None) -> list[Any]:
+    found: list[Any] = []
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        indices = list(range(start, min(start + _ROWS_AT_ONCE, len(dataset))))
+        found += _read(dataset, indices, label_column)
+    return found
+
+
+def _read(dataset: Any, indices: list[int], label_column: str | None) -> list[Any]:
+    """Labels of these rows; what transforms draw for them is no draw of the caller's."""
+    with seeded(derived_seed(0, "labels", *indices[:1])):
+        labels = [labels_of_batch(row, label_column) for row in read_rows(dataset, indices)]
+    if any(label is None for label in labels):
+        raise PartitionError(
+            f"{type(dataset).__name__} has no columns, tensors or targets to read labels from, and "
+            "its rows are no pairs or mappings with labels: give labels=[…], one per example"
+        )
+    return [np.asarray(label).item() if np.size(label) == 1 else label for label in labels]
 
 
 def _iid(dataset: Any, num_clients: int, rng: np.random.Generator) -> Indices:
@@ -118,7 +173,7 @@ def _dirichlet(
     rng: np.random.Generator,
     concentration: float = 0.5,
     min_examples: int = 1,
-    label_column: str = "label",
+    label_column: str | None = None,
     labels: Sequence[Any] | None = None,
 ) -> Indices:
     if not concentration > 0:
@@ -139,7 +194,7 @@ def _classes_per_client(
     num_clients: int,
     rng: np.random.Generator,
     classes: int = 2,
-    label_column: str = "label",
+    label_column: str | None = None,
     labels: Sequence[Any] | None = None,
 ) -> Indices:
     codes = labels_of(dataset, label_column, labels)
@@ -190,7 +245,8 @@ def _column(
             f"the data set has no column {column!r}, it has "
             f"{getattr(dataset, 'column_names', 'no columns')}: give the name of one"
         )
-    codes = labels_of(dataset, column)
+    stored = dataset.with_format(None)[column] if hasattr(dataset, "with_format") else None
+    codes = labels_of(dataset, column, stored)
     sizes = np.bincount(codes)
     large = np.flatnonzero(sizes >= min_examples)
     if len(large) < num_clients:

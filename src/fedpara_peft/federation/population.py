@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import ClientDataError
+from .batches import count_rows
+from .errors import ClientDataError, about
+
+_SPLITS = {"train", "test", "validation", "valid", "val"}
 
 
 class Population:
@@ -22,7 +25,8 @@ class Population:
         num_examples: sizes of ``train``.
 
     Raises:
-        ClientDataError: there are no clients, one has no data, or the two do not match.
+        ClientDataError: there are no clients, one has no data or none that can be counted and read
+            by index, or the two do not match.
     """
 
     def __init__(self, train_dataset: Any, eval_dataset: Any = None) -> None:
@@ -61,6 +65,11 @@ class Population:
 def _named(datasets: Any, argument: str) -> tuple[Sequence[Any], Sequence[Any]]:
     names: Sequence[Any]
     clients: Sequence[Any]
+    if isinstance(datasets, Mapping) and datasets.keys() and datasets.keys() <= _SPLITS:
+        raise ClientDataError(
+            f"{argument} has the keys {list(datasets)}, which are splits, not clients: divide one "
+            "of them with partition(…)"
+        )
     if isinstance(datasets, Mapping):
         names, clients = list(datasets), list(datasets.values())
     elif isinstance(datasets, Sequence):
@@ -76,7 +85,10 @@ def _named(datasets: Any, argument: str) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 def _sizes(names: Sequence[Any], datasets: Sequence[Any]) -> list[int]:
-    sizes = [len(data) for data in datasets]
+    sizes = []
+    for name, data in zip(names, datasets, strict=True):
+        with about(name):
+            sizes.append(count_rows(data))
     empty = [name for name, size in zip(names, sizes, strict=True) if not size]
     if empty:
         raise ClientDataError(

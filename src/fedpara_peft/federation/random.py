@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+_CPU = torch.device("cpu")
+
 
 def derived_seed(seed: int, *labels: int | str) -> int:
     """A 63-bit seed from the run's seed and what it is for (round, client, purpose)."""
@@ -29,18 +31,27 @@ def numpy_generator(seed: int, *labels: int | str) -> np.random.Generator:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python for a while; then as before.
+def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
+    """Seed the global generators that dropout, transforms and collators draw from; put them back.
 
-    Data sets' transforms, dropout and the like draw from them.
+    Those are torch's (on the CPU and the device), NumPy's and Python's.
     """
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            reseed(seed, device)
             yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def reseed(seed: int, device: torch.device = _CPU) -> None:
+    """Seed the global generators (``torch.manual_seed`` records tracebacks, which takes time)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    random.seed(seed)

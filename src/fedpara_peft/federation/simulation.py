@@ -12,6 +12,7 @@ from .arguments import FederatedArguments
 from .batched import BatchedTrainer
 from .client import LocalTrainer
 from .crew import Crew
+from .errors import about
 from .evaluation import Evaluator
 from .fingerprint import population_facts
 from .history import History
@@ -130,7 +131,8 @@ class Simulation:
         found = {}
         for client in range(self._crew.index, len(self.names), self._crew.size):
             self._local.load(server.params, self.store.get(client))
-            found[client] = self._evaluator(self._local.model, data[client])
+            with about(self.names[client]):
+                found[client] = self._evaluator(self._local.model, data[client])
         self._local.load(server.params)
         return found
 
@@ -148,6 +150,8 @@ class Simulation:
                 found = stacked.train(
                     group, of_group, opened.number, opened.broadcast, states, opened.resting
                 )
+                if found is None:  # they go one by one
+                    break
                 ended.update(zip(group, found, strict=True))
                 share = (time.perf_counter() - start) / len(group)
                 shares.update(dict.fromkeys(group, share))

@@ -178,7 +178,8 @@ class RoundReport:
             own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``; which
             tenth is the worst, :func:`~.metrics.higher_is_better` tells from the name); empty
             where none was made.
-        client_metrics: every client's own numbers behind them, by metric and client.
+        client_metrics: every client's own numbers behind them, by metric and client; a client
+            whose ``compute_metrics`` left a name out is not among its values, here or above.
         uplink_bytes: payloads from clients to the server.
         downlink_bytes: payloads from the server to clients.
         header_bytes: the part of both that is headers.

@@ -20,13 +20,13 @@ from .batches import Collator
 from .callbacks import FederatedCallback
 from .channel import Channel
 from .checkpoint import write_model
-from .client import LocalTrainer, LossFunction
+from .client import LocalTrainer
 from .crew import Crew
 from .errors import ArgumentsError
 from .evaluation import Evaluator, Metrics
 from .fingerprint import data_digest, model_facts, population_facts, settings_facts
 from .history import History
-from .loss import default_loss
+from .loss import DefaultLoss, LossFunction
 from .population import Population
 from .processes import Processes
 from .run import Run
@@ -57,10 +57,11 @@ class FederatedTrainer:
         train_dataset: one data set per client, as a sequence or a mapping by client name.
         eval_dataset: examples to evaluate the global model on.
         data_collator: makes a batch from rows; see :func:`~.batches.batches` for the default.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``; see
-            :func:`~.loss.default_loss` for the default.
-        compute_metrics: from an ``EvalPrediction`` to named numbers; see
-            :func:`~.metrics.higher_is_better` for what the names tell.
+        compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``:
+            the mean loss, and of how many terms (tokens, say) it is the mean where those are not
+            the rows; see :class:`~.loss.DefaultLoss` for the default.
+        compute_metrics: from an ``EvalPrediction`` to named numbers, or one number, called
+            ``metric``; see :func:`~.metrics.higher_is_better` for what the names tell.
         strategy: the federated optimizer, or its name (``"scaffold"``); FedAvg by default.
         callbacks: see :class:`~.callbacks.FederatedCallback`; called on the main process.
         client_eval_dataset: one data set per client, in the same order or by the same names, to
@@ -103,13 +104,20 @@ class FederatedTrainer:
         facts = settings_facts(args, self.strategy)
         if crew.size > 1:
             self._agree(facts)
-        loss = compute_loss or default_loss
+        if compute_metrics and args.eval_every and eval_dataset is client_eval_dataset is None:
+            raise ArgumentsError(
+                "compute_metrics has nothing to evaluate: give eval_dataset or "
+                "client_eval_dataset, or eval_every=0 to call evaluate(dataset) yourself"
+            )
+        loss = compute_loss or DefaultLoss(args.label_column)
         self._local = local = LocalTrainer(
-            self.model, args, self.accelerator, self.strategy, loss, data_collator
-        )
+            self.model, args, self.accelerator, self.strategy, loss, data_collator,
+            self.population.names,
+        )  # fmt: skip
         self._evaluator = Evaluator(
-            self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator
-        )
+            self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator,
+            args.label_column, args.seed,
+        )  # fmt: skip
         names = self.population.names
         self._channel = Channel(args, self.strategy)
         self._simulation = Simulation(

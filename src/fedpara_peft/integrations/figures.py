@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import quantiles
 from typing import Any
 
@@ -143,9 +144,9 @@ def _loss(figure: Any, run: Run, names: Sequence[str]) -> None:
 def _clients(figure: Any, run: Run, name: str) -> None:
     """How clients differ: quantiles over the rounds, every client at the end."""
     left, right = figure.subplots(1, 2, sharey=True)
-    reports = [r for r in run.history if name in r.client_metrics]
-    numbers = [r.round for r in reports]
-    spreads = [_spread(list(r.client_metrics[name].values())) for r in reports]
+    found = [(r.round, _finite(r.client_metrics.get(name, {}))) for r in run.history]
+    numbers = [number for number, values in found if values]
+    spreads = [_spread(values) for _, values in found if values]
     left.fill_between(
         numbers, [s[0] for s in spreads], [s[-1] for s in spreads],
         facecolor="0.92", edgecolor="0.6", linewidth=0.6, label="worst to best",
@@ -157,10 +158,10 @@ def _clients(figure: Any, run: Run, name: str) -> None:
     _line(left, numbers, [s[2] for s in spreads], "median", _STYLES[0])
     _rounds_axis(left, run)
     left.set_ylabel(name.replace("_", " "))
-    last = sorted(reports[-1].client_metrics[name].values())
+    last = sorted(next(values for _, values in reversed(found) if values))
     right.plot(range(1, len(last) + 1), last, "o", color="black", markersize=3)
     right.axhline(sum(last) / len(last), color="0.4", linestyle="--", label="mean")
-    right.set_xlabel(f"clients after round {reports[-1].round}, sorted")
+    right.set_xlabel(f"clients after round {numbers[-1]}, sorted")
     _whole_numbers(right)
     _legend_above(figure, left, right)
 
@@ -240,7 +241,12 @@ def _whole_numbers(axes: Any, which: str = "x") -> None:
 
 
 def _client_metrics(run: Run) -> list[str]:
-    return sorted({name for report in run.history for name in report.client_metrics})
+    every = (pair for report in run.history for pair in report.client_metrics.items())
+    return sorted({name for name, values in every if _finite(values)})
+
+
+def _finite(values: Mapping[Any, float]) -> list[float]:
+    return [value for value in values.values() if isfinite(value)]
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float, float, float]:

@@ -15,9 +15,9 @@ from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
 from ...federation.batches import Collator
 from ...federation.callbacks import FederatedCallback
-from ...federation.client import LossFunction
 from ...federation.errors import ArgumentsError
 from ...federation.evaluation import Metrics
+from ...federation.loss import LossFunction
 from ...federation.strategies import Strategy
 from .messages import answer_record, introduction_record, read_job
 from .node import Answer, Node, NodeSetup
@@ -54,7 +54,7 @@ def server_app(
             checkpoints, ``history.json``, ``ledger.npy`` and the folder ``model``.
         num_clients: the population.
         strategy: the federated optimizer; FedAvg by default.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``.
+        compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``.
         data_collator: makes a batch from rows.
         eval_data_fn: examples to evaluate the global model on.
         compute_metrics: from an ``EvalPrediction`` to named numbers.
@@ -108,7 +108,7 @@ def client_app(
         args: the run's settings, the server's own, or a function of Flower's run configuration.
         state_dir: the node's folder; ``state-dir`` in the node's configuration goes before it.
         strategy: the federated optimizer, the server's own.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``.
+        compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``.
         data_collator: makes a batch from rows.
         worker: train in a process that stays alive between messages, so that torch, model and data
             are loaded once; Flower starts a new process for every message.

@@ -16,13 +16,13 @@ from torch import nn
 
 from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
-from ...federation.batches import Collator
+from ...federation.batches import Collator, count_rows
 from ...federation.channel import Channel
 from ...federation.checkpoint import must_agree
-from ...federation.client import LocalTrainer, LossFunction, Trained
-from ...federation.errors import ClientDataError, RoundError
+from ...federation.client import LocalTrainer, Trained
+from ...federation.errors import ClientDataError, RoundError, about
 from ...federation.fingerprint import base_facts, model_facts, settings_facts
-from ...federation.loss import default_loss
+from ...federation.loss import DefaultLoss, LossFunction
 from ...federation.schedule import factor_blocks, resting_factors
 from ...federation.state import Broadcast, ClientState, ServerState
 from ...federation.store import DiskStore
@@ -49,7 +49,7 @@ class NodeSetup:
         args: the run's settings, the server's own.
         state_dir: the node's folder for what its clients keep; it never leaves the machine.
         strategy: the federated optimizer, the server's own.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``.
+        compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``.
         data_collator: makes a batch from rows.
     """
 
@@ -134,7 +134,7 @@ class Node:
         args, strategy = setup.args, as_strategy(setup.strategy)
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
         model = setup.model_fn().to(accelerator.device)
-        loss = setup.compute_loss or default_loss
+        loss = setup.compute_loss or DefaultLoss(args.label_column)
         self._strategy = strategy
         self._channel = Channel(args, strategy)
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
@@ -204,7 +204,9 @@ class Node:
     def _dataset(self, client: int) -> Any:
         if client not in self._data:
             data = self._setup.data_fn(client)
-            if not len(data):
+            with about(client):
+                examples = count_rows(data)
+            if not examples:
                 raise ClientDataError(f"client {client} has no data: leave its node out")
             self._data = {client: data}  # of one client at a time
         return self._data[client]

@@ -17,13 +17,13 @@ from ...federation.batches import Collator
 from ...federation.callbacks import FederatedCallback
 from ...federation.channel import Channel
 from ...federation.checkpoint import write_model
-from ...federation.client import LocalTrainer, LossFunction
+from ...federation.client import LocalTrainer
 from ...federation.crew import Crew
 from ...federation.errors import ArgumentsError
 from ...federation.evaluation import Evaluator, Metrics
 from ...federation.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.history import History
-from ...federation.loss import default_loss
+from ...federation.loss import DefaultLoss, LossFunction
 from ...federation.run import Run
 from ...federation.schedule import factor_blocks
 from ...federation.server import RoundServer
@@ -45,7 +45,7 @@ class ServerSetup:
         args: the run's settings; ``output_dir`` gets checkpoints, history, ledger and model.
         num_clients: the population; every client is a node of its own.
         strategy: the federated optimizer; FedAvg by default.
-        compute_loss: ``(model, batch) -> loss`` or ``(loss, logits)``.
+        compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``.
         data_collator: makes a batch from rows.
         eval_data_fn: examples to evaluate the global model on.
         compute_metrics: from an ``EvalPrediction`` to named numbers.
@@ -79,6 +79,8 @@ class FederationServer:
             raise ArgumentsError(f"deadline_s must be positive, got {setup.deadline_s}")
         if setup.num_clients < 1:
             raise ArgumentsError(f"num_clients must be at least 1, got {setup.num_clients}")
+        if setup.compute_metrics and setup.args.eval_every and not setup.eval_data_fn:
+            raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(
@@ -86,11 +88,12 @@ class FederationServer:
         )
         self._trackers = Trackers(accelerator, args)
         self._model = setup.model_fn().to(accelerator.device)
-        loss, collator = setup.compute_loss or default_loss, setup.data_collator
+        loss, collator = setup.compute_loss or DefaultLoss(args.label_column), setup.data_collator
         self._local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
         self._evaluator = Evaluator(
-            accelerator, args.eval_batch_size, loss, setup.compute_metrics, collator
-        )
+            accelerator, args.eval_batch_size, loss, setup.compute_metrics, collator,
+            args.label_column, args.seed,
+        )  # fmt: skip
         self._eval_data = setup.eval_data_fn() if setup.eval_data_fn else None
 
     def run(self, grid: Grid) -> History:
