@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.zoo import adapted, mlp
@@ -357,26 +356,6 @@ def test_targets_are_reached_from_the_better_side():
     assert history.bytes_to_target("bleu", 2, higher_is_better=False) == 15
 
 
-class HalfPrecision:
-    """What a GPU's fp16 accelerator is to local training, on a CPU.
-
-    A stub: Accelerate's own GradScaler needs a GPU, so that it is set aside, and our loss scale put
-    in its place, is seen here; that autocast and the scale get on with a GPU's kernels is not.
-    """
-
-    device = torch.device("cpu")
-    mixed_precision = "fp16"
-
-    def __init__(self):
-        self.scaler = object()
-
-    def autocast(self):
-        return torch.autocast("cpu", torch.float16)
-
-    def backward(self, loss):
-        loss.backward()
-
-
 @pytest.mark.parametrize("overflow", [False, True])
 def test_fp16_loses_no_step(tmp_path, overflow):
     """The scale shrinks until gradients fit, and the same batch is tried again."""
@@ -387,16 +366,17 @@ def test_fp16_loses_no_step(tmp_path, overflow):
         factor = 1e3 if overflow else 1.0
         return factor * nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
 
-    def trained(accelerator):
+    def trained(precision):
         model = mlp(norm=False)
         args.learning_rate = 0.1 if not overflow else 1e-4
-        local = LocalTrainer(model, args, accelerator, FedAvg(), loss)
+        args.mixed_precision = precision
+        local = LocalTrainer(model, args, Accelerator(cpu=True), FedAvg(), loss)
         start = Broadcast({k: v.clone() for k, v in communicated_state(model).items()})
         trained = local.train(1, clients[1], 0, start)
         return trained.update, local._loss_scale
 
-    wide, _ = trained(Accelerator(cpu=True))
-    narrow, scale = trained(HalfPrecision())
+    wide, _ = trained("no")
+    narrow, scale = trained("fp16")
     assert (scale < 2**16) == overflow
     for name, value in narrow.update.items():
         assert value.dtype == torch.float32
@@ -404,21 +384,29 @@ def test_fp16_loses_no_step(tmp_path, overflow):
         assert error < 0.02, name
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate settles on one precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_every_trainer_of_a_process_has_its_own_precision(tmp_path):
+    seen = []
 
+    def loss(model, batch):
+        logits = model(batch[0])
+        seen.append(logits.dtype)
+        return nn.functional.cross_entropy(logits.float(), batch[1])
 
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_bfloat16_trains(tmp_path):
-    model = adapted(mlp(norm=False))
-    args = arguments(tmp_path, mixed_precision="bf16", num_rounds=6, learning_rate=0.3)
-    history = FederatedTrainer(model, args, partition(toy(), "iid", 3)).train()
-    assert history[-1].train_loss < history[0].train_loss
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    trainers = {}
+    for name in ("no", "bf16", "fp16", None):
+        model = adapted(mlp(norm=False))
+        args = arguments(
+            tmp_path / str(name), mixed_precision=name, num_rounds=6, learning_rate=0.3
+        )
+        clients = partition(toy(), "iid", 3)
+        trainers[name] = FederatedTrainer(model, args, clients, compute_loss=loss)
+    wanted = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for name, trainer in trainers.items():
+        seen.clear()
+        history = trainer.train()
+        assert set(seen) == {wanted.get(name, torch.float32)}
+        assert history[-1].train_loss < history[0].train_loss
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
 def test_drop_outs_and_weighted_sampling(tmp_path):

@@ -127,20 +127,26 @@ def state_norm(state: State) -> float:
     return float(torch.stack([n.double() for n in norms]).norm()) if norms else 0.0
 
 
-def require_quorum(used: int, refused: list[Refused], cohort: int, quorum: float) -> None:
+def require_quorum(used: int, refused: list[Refused], cohort: int, quorum: float | None) -> None:
     """Raise unless enough of a cohort's updates can be used.
 
-    A quorum of 0 asks for none: a round without a usable update changes nothing.
+    A quorum of 0 asks for none: a round without a usable update changes nothing. None asks for one,
+    where any was sent: a run in which everybody diverges had better stop.
 
     Raises:
         RoundError: fewer than the quorum.
     """
-    if used >= quorum * cohort:
+    if quorum is None and refused and not used:
+        raise RoundError(
+            f"all {len(refused)} updates of the round were refused ({refused[0].message}); with "
+            "quorum=0 the run would go on"
+        )
+    if used >= (quorum or 0.0) * cohort:
         if not used:
             logger.warning("no update of the round can be used: the global model stays as it is")
         return
     first = f" ({refused[0].message})" if refused else ""
     raise RoundError(
         f"{used} of {cohort} sampled clients sent a usable update, the quorum is {quorum:.0%}; "
-        f"{len(refused)} were refused{first}; lower quorum, or find out what ails them"
+        f"{len(refused)} were refused{first}; lower quorum, or see to what they were refused for"
     )

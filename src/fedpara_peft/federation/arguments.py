@@ -153,9 +153,13 @@ class FederatedArguments:
         default="mean",
         metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
     )
-    quorum: float = field(
-        default=0.0,
-        metadata={"help": "Share of the cohort whose updates must be usable, in [0, 1]."},
+    quorum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the cohort whose updates must be usable, in [0, 1]; by default one "
+            "update must be, of those that were sent. 0: a round of which nothing can be used "
+            "changes nothing, and the run goes on."
+        },
     )
     on_client_error: str = field(
         default="refuse",

@@ -26,6 +26,7 @@ from .client import LocalTrainer, Turn, nothing_counts, one_row_said
 from .errors import ArgumentsError
 from .local_sgd import StackedSGD
 from .loss import DefaultLoss, LossFunction, read_loss
+from .precision import Precision
 from .random import torch_generator
 from .sideeffects import SideEffects
 from .state import Broadcast, ClientState
@@ -71,7 +72,7 @@ class BatchedTrainer:
         self._alone = accelerator.num_processes == 1
         self._loss = _Loss(local.model, compute_loss)
         self._default_loss = isinstance(compute_loss, DefaultLoss)
-        self._plain = accelerator.mixed_precision == "no"
+        self._plain = Precision.of(args.mixed_precision, accelerator).is_full
         self._proven = False
         self._refused = False
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .batches import Collator, LastBatch, batches, count_rows
 from .errors import ArgumentsError, ClientDataError, about
 from .local_sgd import SGD, Corrector
 from .loss import Loss, LossFunction, read_loss
+from .precision import Precision
 from .random import derived_seed, seeded, torch_generator
 from .state import Broadcast, ClientState, ClientUpdate
 from .step_weights import StepWeights, clip_scale
@@ -139,11 +140,9 @@ class LocalTrainer:
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
         self._first_resting = [t.clone() for t in self._resting]
-        mixed = accelerator.mixed_precision != "no"
-        self._autocast = accelerator.autocast if mixed else nullcontext
+        self._precision = Precision.of(args.mixed_precision, accelerator)
         # fp16's loss scale is found anew by every client, so that no client depends on another.
-        self._scales_loss = accelerator.scaler is not None
-        accelerator.scaler = None
+        self._scales_loss = self._precision.scales_loss
 
     def load(self, params: State, state: ClientState | None = None) -> None:
         """Put a global state and a client's own into the model; a new client's by default."""
@@ -320,7 +319,7 @@ class LocalTrainer:
                 found.append((loss.mean.detach(), terms))
                 # In units of the first batch: how many terms will come is known at the end only.
                 share = terms / found[0][1] * self._loss_scale
-                self._accelerator.backward(total if share == 1 else total * share)
+                torch.autograd.backward(total if share == 1 else total * share)
             if len(found) > 1:
                 share = found[0][1] / sum(terms for _, terms in found)
                 grads = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -349,7 +348,7 @@ class LocalTrainer:
             return loss, loss.mean + added
 
     def _forward(self, batch: Any) -> Loss:
-        with self._autocast():
+        with self._precision.autocast():
             return read_loss(self._compute_loss(self.model, batch))
 
     def _tell_of_batch_norm(self) -> None:

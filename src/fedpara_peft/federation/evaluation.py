@@ -20,6 +20,7 @@ from .crew import Crew
 from .errors import ArgumentsError
 from .labels import labels_of_batch
 from .loss import IGNORED, LossFunction, read_loss
+from .precision import Precision
 from .random import derived_seed, reseed, seeded
 
 Metrics = Callable[[EvalPrediction], Mapping[str, Any] | float]
@@ -30,7 +31,8 @@ class Evaluator:
     """Computes the loss and metrics of a model.
 
     Attributes:
-        accelerator: device and mixed precision.
+        accelerator: the device.
+        precision: mixed precision.
         batch_size: examples per step.
         compute_loss: from the model and a batch to what :func:`~.loss.read_loss` reads.
         compute_metrics: from an ``EvalPrediction`` to what :func:`named_metrics` reads.
@@ -40,6 +42,7 @@ class Evaluator:
     """
 
     accelerator: Accelerator
+    precision: Precision
     batch_size: int
     compute_loss: LossFunction
     compute_metrics: Metrics | None = None
@@ -98,7 +101,7 @@ class Evaluator:
                 reseed(seed, device)  # of this batch, whichever process has it
                 batch, size = next(rows)
                 batch = send_to_device(batch, device)
-                with self.accelerator.autocast():
+                with self.precision.autocast():
                     loss = read_loss(self.compute_loss(model, batch))
                 terms = float(size if loss.terms is None else loss.terms)
                 logits, labels = self._for_metrics(loss.outputs, batch)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .admission import usable_state
 from .arguments import FederatedArguments
 from .batched import BatchedTrainer
 from .client import LocalTrainer
@@ -18,7 +19,7 @@ from .fingerprint import population_facts
 from .history import History
 from .population import Population
 from .server import OpenRound
-from .state import Outcome, RoundReport, ServerState
+from .state import ClientState, Outcome, RoundReport, ServerState
 from .store import ClientStore, DiskStore, MemoryStore
 from .turn import Turns
 
@@ -130,7 +131,7 @@ class Simulation:
     def _evaluated(self, server: ServerState, data: Sequence[Any]) -> dict[int, dict[str, float]]:
         found = {}
         for client in range(self._crew.index, len(self.names), self._crew.size):
-            self._local.load(server.params, self.store.get(client))
+            self._local.load(server.params, self._kept(client))
             with about(self.names[client]):
                 found[client] = self._evaluator(self._local.model, data[client])
         self._local.load(server.params)
@@ -145,7 +146,7 @@ class Simulation:
             data = {client: self._population.train[client] for client in clients}
             for group in stacked.groups(data):
                 of_group = [data[client] for client in group]
-                states = [self.store.get(client) for client in group]
+                states = [self._kept(client) for client in group]
                 start = time.perf_counter()
                 found = stacked.train(
                     group, of_group, opened.number, opened.broadcast, states, opened.resting
@@ -167,10 +168,15 @@ class Simulation:
 
     def _alone(self, client: int, data: Mapping[int, Any], opened: OpenRound) -> Any:
         own = data[client] if client in data else self._population.train[client]
-        state = self.store.get(client)
+        state = self._kept(client)
         return self._local.train(
             client, own, opened.number, opened.broadcast, state, opened.resting
         )
+
+    def _kept(self, client: int) -> ClientState | None:
+        """What a client kept, as far as it is whole."""
+        local = self._local
+        return usable_state(self.store.get(client), local.local, local.shared, self.names[client])
 
     def _disk(self) -> DiskStore:
         return DiskStore(Path(self._args.output_dir) / "clients", self.names)

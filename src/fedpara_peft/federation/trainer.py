@@ -28,6 +28,7 @@ from .fingerprint import data_digest, model_facts, population_facts, settings_fa
 from .history import History
 from .loss import DefaultLoss, LossFunction
 from .population import Population
+from .precision import Precision
 from .processes import Processes
 from .run import Run
 from .schedule import factor_blocks
@@ -93,9 +94,7 @@ class FederatedTrainer:
         self.args = args
         self.strategy = as_strategy(strategy)
         self.callbacks = list(callbacks or ())
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, project_dir=args.output_dir
-        )
+        self.accelerator = Accelerator(project_dir=args.output_dir)
         self._trackers = Trackers(self.accelerator, args)
         self._crew = crew = Crew(self.accelerator)
         self.population = Population(train_dataset, client_eval_dataset)
@@ -115,8 +114,9 @@ class FederatedTrainer:
             self.population.names,
         )  # fmt: skip
         self._evaluator = Evaluator(
-            self.accelerator, args.eval_batch_size, loss, compute_metrics, data_collator,
-            args.label_column, args.seed,
+            self.accelerator, Precision.of(args.mixed_precision, self.accelerator),
+            args.eval_batch_size, loss, compute_metrics, data_collator, args.label_column,
+            args.seed,
         )  # fmt: skip
         names = self.population.names
         self._channel = Channel(args, self.strategy)

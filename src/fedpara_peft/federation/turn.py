@@ -92,7 +92,8 @@ class Turns:
             error.add_note(f"in round {round + 1}, client {name!r}")
             if self._args.on_client_error == "raise":
                 raise
-            text = f"it failed: {type(error).__name__}: {error}"
+            said = str(error).removeprefix(f"client {name!r}: ")
+            text = f"it failed: {type(error).__name__}: {said}"
             refused = Refused(client, "failed", text, error)
             return Outcome(client, refused=refused, seconds=seconds)
         payload = found.payload.data if found.payload else b""

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...comm.errors import PayloadError
+from ...federation.admission import usable_state
 from ...federation.arguments import FederatedArguments
 from ...federation.batches import Collator, count_rows
 from ...federation.channel import Channel
@@ -132,7 +133,7 @@ class Node:
     def __init__(self, setup: NodeSetup) -> None:
         self._setup = setup
         args, strategy = setup.args, as_strategy(setup.strategy)
-        accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        accelerator = Accelerator()
         model = setup.model_fn().to(accelerator.device)
         loss = setup.compute_loss or DefaultLoss(args.label_column)
         self._strategy = strategy
@@ -169,7 +170,9 @@ class Node:
 
     def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
         resting = frozenset(resting_factors(self._products, job.round))
-        broadcast, state = self._received(job, resting), store.get(client)
+        local, kept = self._local, store.get(client)
+        broadcast = self._received(job, resting)
+        state = usable_state(kept, local.local, local.shared, client)
         data = self._dataset(client)
 
         def train() -> Trained:

@@ -24,6 +24,7 @@ from ...federation.evaluation import Evaluator, Metrics
 from ...federation.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.history import History
 from ...federation.loss import DefaultLoss, LossFunction
+from ...federation.precision import Precision
 from ...federation.run import Run
 from ...federation.schedule import factor_blocks
 from ...federation.server import RoundServer
@@ -83,16 +84,14 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
-        self._accelerator = accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, project_dir=args.output_dir
-        )
+        self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)
         self._trackers = Trackers(accelerator, args)
         self._model = setup.model_fn().to(accelerator.device)
         loss, collator = setup.compute_loss or DefaultLoss(args.label_column), setup.data_collator
         self._local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
         self._evaluator = Evaluator(
-            accelerator, args.eval_batch_size, loss, setup.compute_metrics, collator,
-            args.label_column, args.seed,
+            accelerator, Precision.of(args.mixed_precision, accelerator), args.eval_batch_size,
+            loss, setup.compute_metrics, collator, args.label_column, args.seed,
         )  # fmt: skip
         self._eval_data = setup.eval_data_fn() if setup.eval_data_fn else None
 
