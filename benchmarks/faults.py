@@ -43,7 +43,7 @@ from fedpara_peft import (
 from fedpara_peft.comm.codecs import codec_from_name
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
-from fedpara_peft.federation.checkpoint import checkpoints
+from fedpara_peft.federation.folder.checkpoint import checkpoints
 from fedpara_peft.federation.strategies import Strategy
 
 ROUNDS = 8

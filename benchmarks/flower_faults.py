@@ -36,7 +36,7 @@ from report import table, write
 from safetensors.torch import load_file
 
 from fedpara_peft import FederatedTrainer, History, accuracy
-from fedpara_peft.federation.store import DiskStore
+from fedpara_peft.federation.folder.store import DiskStore
 
 HERE = Path(__file__).parent
 EXAMPLE, APP = HERE.parent / "examples" / "flower", HERE / "flower_app"
@@ -344,7 +344,7 @@ def simulated(folder: Path, rounds: int, missing: dict[int, set[int]]) -> Federa
         task.model_fn(), args, task.clients(), task.test_set(), compute_metrics=accuracy
     )
     lost = lambda cohort, _, __, number: sorted(missing.get(number + 1, ()))  # noqa: E731
-    with mock.patch("fedpara_peft.federation.server.drop_outs", lost):
+    with mock.patch("fedpara_peft.federation.server.round.drop_outs", lost):
         trainer.train()
     return trainer
 

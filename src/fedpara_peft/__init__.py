@@ -13,7 +13,8 @@ from .comm.state import (
     save_local,
 )
 from .federation.arguments import FederatedArguments
-from .federation.callbacks import FederatedCallback
+from .federation.data.metrics import accuracy
+from .federation.data.partition import partition
 from .federation.errors import (
     AgreementError,
     ArgumentsError,
@@ -23,10 +24,9 @@ from .federation.errors import (
     RoundError,
     RunFolderError,
 )
-from .federation.history import History
-from .federation.metrics import accuracy
-from .federation.partition import partition
-from .federation.plan import Plan, plan
+from .federation.folder.history import History
+from .federation.observers.callbacks import FederatedCallback
+from .federation.server.plan import Plan, plan
 from .federation.strategies import (
     FedAdagrad,
     FedAdam,

@@ -23,8 +23,8 @@ from fedpara_peft import (
     save_local,
 )
 from fedpara_peft.comm.state import save_tensors
+from fedpara_peft.federation.folder.store import DiskStore
 from fedpara_peft.federation.state import ClientState
-from fedpara_peft.federation.store import DiskStore
 
 
 @pytest.mark.parametrize("base_weight", ["frozen", "replaced"])

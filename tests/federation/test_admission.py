@@ -20,7 +20,7 @@ from fedpara_peft import (
     Strategy,
     partition,
 )
-from fedpara_peft.federation.admission import usable_state
+from fedpara_peft.federation.server.admission import usable_state
 from fedpara_peft.federation.state import ClientState
 
 WARDS = ("ward a", "ward b", "ward c")

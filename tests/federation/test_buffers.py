@@ -21,7 +21,7 @@ from fedpara_peft import (
 from fedpara_peft.comm.codecs import codec_from_name
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
-from fedpara_peft.federation.mean import TrimmedMean, WeightedMean
+from fedpara_peft.federation.server.mean import TrimmedMean, WeightedMean
 
 LOSSY = ("float16", "bfloat16", "int8", "int4", "topk:0.1", "topk:0.2+int4")
 

@@ -23,8 +23,8 @@ from fedpara_peft import (
 from fedpara_peft.comm.codecs import codec_from_name
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
-from fedpara_peft.federation.mean import TrimmedMean, aggregate_from_name
-from fedpara_peft.federation.privacy import GaussianMechanism
+from fedpara_peft.federation.server.mean import TrimmedMean, aggregate_from_name
+from fedpara_peft.federation.server.privacy import GaussianMechanism
 
 
 def trainer(folder, model=None, strategy=None, **changes):

@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from fedpara_peft import ClientDataError, FederatedTrainer, PartitionError, accuracy, partition
-from fedpara_peft.federation.batches import batch_sizes, batches
+from fedpara_peft.federation.data.batches import batch_sizes, batches
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(60, 8, generator=G)

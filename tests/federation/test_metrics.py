@@ -20,7 +20,7 @@ from fedpara_peft import (
     accuracy,
     partition,
 )
-from fedpara_peft.federation.evaluation import named_metrics, over_clients
+from fedpara_peft.federation.client.evaluation import named_metrics, over_clients
 
 CLIENTS = partition(toy(), "iid", 4)
 

@@ -17,9 +17,9 @@ from fedpara_peft import (
     local_state,
     partition,
 )
-from fedpara_peft.federation.evaluation import over_clients
-from fedpara_peft.federation.metrics import higher_is_better
-from fedpara_peft.federation.sampling import sample_cohort
+from fedpara_peft.federation.client.evaluation import over_clients
+from fedpara_peft.federation.data.metrics import higher_is_better
+from fedpara_peft.federation.server.sampling import sample_cohort
 
 CASES = {
     "pfedpara": (lambda: adapted(mlp(), parameterization="pfedpara"), {}),

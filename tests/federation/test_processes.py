@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedpara_peft import History
-from fedpara_peft.federation.sampling import share_out
+from fedpara_peft.federation.server.sampling import share_out
 
 HERE = Path(__file__).parent
 LAUNCH = [

@@ -26,7 +26,7 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.comm.ledger import PAPER_MEGABITS_PER_S
-from fedpara_peft.federation.checkpoint import checkpoints
+from fedpara_peft.federation.folder.checkpoint import checkpoints
 
 RUNS = Path(__file__).parent / "runs.py"
 

@@ -22,9 +22,9 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.comm.ledger import Ledger
-from fedpara_peft.federation import checkpoint
-from fedpara_peft.federation.checkpoint import checkpoints
-from fedpara_peft.federation.store import file_key
+from fedpara_peft.federation.folder import checkpoint
+from fedpara_peft.federation.folder.checkpoint import checkpoints
+from fedpara_peft.federation.folder.store import file_key
 
 
 class Interrupt(FederatedCallback):
@@ -280,5 +280,5 @@ def test_a_refusal_does_not_break_the_bar(tmp_path, capsys):
     shown = capsys.readouterr().err
     lines = [line.split("\r")[-1] for line in shown.split("\n") if "row 8 is gone" in line]
     lines = [re.sub(r"\x1b\[[0-9;]*[A-Z]", "", line) for line in lines]  # moves between the bars
-    told = "round {}: client 'bob' failed: OSError: row 8 is gone"
+    told = "round {}, client 'bob': it failed: OSError: row 8 is gone"
     assert lines == [told.format(1), told.format(2)]

@@ -8,7 +8,7 @@ from tests.federation.test_trainer import arguments, toy
 from tests.zoo import Net, adapted, mlp, net_inputs, randomize
 
 from fedpara_peft import ArgumentsError, FedAdam, FederatedTrainer, FedProx, Scaffold, partition
-from fedpara_peft.federation.schedule import factor_blocks, resting_factors
+from fedpara_peft.federation.server.schedule import factor_blocks, resting_factors
 
 
 def trainer(folder, model=None, strategy=None, **changes):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpara_peft.federation.folder.store import DiskStore, MemoryStore
 from fedpara_peft.federation.state import ClientState
-from fedpara_peft.federation.store import DiskStore, MemoryStore
 
 
 def state(client, version):

@@ -22,7 +22,7 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.federation.random import torch_generator
-from fedpara_peft.federation.sampling import sample_cohort
+from fedpara_peft.federation.server.sampling import sample_cohort
 from fedpara_peft.federation.state import CohortMean, ServerState
 
 

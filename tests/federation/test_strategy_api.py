@@ -21,7 +21,7 @@ from fedpara_peft import (
     partition,
     plan,
 )
-from fedpara_peft.federation.step_weights import StepWeights, clip_scale
+from fedpara_peft.federation.client.step_weights import StepWeights, clip_scale
 from fedpara_peft.federation.strategies import LocalSteps
 from fedpara_peft.federation.strategies.base import advance, moment
 

@@ -30,7 +30,7 @@ from fedpara_peft import (
     accuracy,
     partition,
 )
-from fedpara_peft.federation.loss import DefaultLoss, classification_loss, terms_of
+from fedpara_peft.federation.data.loss import DefaultLoss, classification_loss, terms_of
 
 G = torch.Generator().manual_seed(0)
 TEXTS = [torch.randint(1, 50, (n,), generator=G).tolist() for n in [4] * 8 + [40, 3, 7, 40, 21] * 2]

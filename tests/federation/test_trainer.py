@@ -29,9 +29,9 @@ from fedpara_peft import (
 )
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
-from fedpara_peft.federation.client import LocalTrainer
+from fedpara_peft.federation.client.local import LocalTrainer
 from fedpara_peft.federation.random import derived_seed, torch_generator
-from fedpara_peft.federation.sampling import sample_cohort
+from fedpara_peft.federation.server.sampling import sample_cohort
 from fedpara_peft.federation.state import Broadcast, RoundReport
 
 

@@ -30,7 +30,7 @@ from fedpara_peft import (
     accuracy,
 )
 from fedpara_peft.comm.ledger import Ledger
-from fedpara_peft.federation.store import DiskStore
+from fedpara_peft.federation.folder.store import DiskStore
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
@@ -250,7 +250,7 @@ def test_a_failing_client_counts_as_one_that_took_no_part(tmp_path, name, monkey
     assert report.dropped == (() if reason else (1,))
     assert not any(r.refused or r.dropped for r in history(tmp_path) if r.round != 2)
     monkeypatch.setattr(
-        "fedpara_peft.federation.server.drop_outs",
+        "fedpara_peft.federation.server.round.drop_outs",
         lambda cohort, probability, seed, round: [1] if round == 1 else [],
     )
     trainer = simulate(tmp_path, Scaffold(), **INT8)

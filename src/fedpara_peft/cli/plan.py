@@ -12,7 +12,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from ..comm.ledger import PAPER_MEGABITS_PER_S
 from ..federation import strategies
 from ..federation.arguments import FederatedArguments
-from ..federation.plan import Plan, plan
+from ..federation.server.plan import Plan, plan
 from ..tuner.config import FedParaConfig
 from ..tuner.summary import fedpara_summary
 from .arguments import duration, in_units, new_parser

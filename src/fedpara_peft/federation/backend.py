@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from .history import History
-from .server import OpenRound
+from .folder.history import History
+from .server.round import OpenRound
 from .state import Outcome, RoundReport, ServerState
 
 

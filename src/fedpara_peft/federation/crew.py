@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
+from .data.fingerprint import differences, shown_differences, tensor_digest
 from .errors import AgreementError, RoundError
-from .fingerprint import differences, shown_differences, tensor_digest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,9 +12,9 @@ from accelerate.utils import broadcast
 
 from ..comm.errors import PayloadError
 from .crew import Crew
-from .history import History
-from .sampling import share_out
-from .server import OpenRound, RoundServer
+from .folder.history import History
+from .server.round import OpenRound, RoundServer
+from .server.sampling import share_out
 from .simulation import Simulation
 from .state import Outcome, Refused, RoundReport, ServerState
 

@@ -15,23 +15,23 @@ from ..comm.ledger import Ledger, shown_bytes
 from ..comm.state import State
 from ..tuner.card import note_training
 from .arguments import FederatedArguments
-from .averaging import AveragingBias
 from .backend import Backend
-from .callbacks import FederatedCallback
-from .client import LocalTrainer
+from .client.evaluation import over_clients
+from .client.local import LocalTrainer
 from .crew import Crew
-from .evaluation import over_clients
-from .facts import training_facts
-from .history import History
-from .metrics import higher_is_better
-from .privacy import noise_seed
-from .progress import Progress, progress
-from .run_folder import RunFolder
-from .server import OpenRound, RoundServer
-from .settings import describe_run
+from .data.metrics import higher_is_better
+from .folder.facts import training_facts
+from .folder.history import History
+from .folder.run_folder import RunFolder
+from .folder.settings import describe_run
+from .observers.callbacks import FederatedCallback
+from .observers.progress import Progress, progress
+from .observers.trackers import Trackers
+from .server.averaging import AveragingBias
+from .server.privacy import noise_seed
+from .server.round import OpenRound, RoundServer
 from .state import Refused, RoundReport, ServerState
 from .strategies import Strategy
-from .trackers import Trackers
 
 
 class Run:

@@ -8,20 +8,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .admission import usable_state
 from .arguments import FederatedArguments
-from .batched import BatchedTrainer
-from .client import LocalTrainer
+from .client.evaluation import Evaluator
+from .client.local import LocalTrainer
+from .client.stacked import BatchedTrainer
+from .client.turn import Turns
 from .crew import Crew
+from .data.fingerprint import population_facts
+from .data.population import Population
 from .errors import about
-from .evaluation import Evaluator
-from .fingerprint import population_facts
-from .history import History
-from .population import Population
-from .server import OpenRound
+from .folder.history import History
+from .folder.store import ClientStore, DiskStore, MemoryStore
+from .server.admission import usable_state
+from .server.round import OpenRound
 from .state import ClientState, Outcome, RoundReport, ServerState
-from .store import ClientStore, DiskStore, MemoryStore
-from .turn import Turns
 
 
 class Simulation:

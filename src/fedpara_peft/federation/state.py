@@ -176,7 +176,7 @@ class RoundReport:
         train_loss: mean over the clients that reported, by examples; None if none did.
         metrics: evaluation after the round, of the global model (``eval_…``) and over the clients'
             own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``; which
-            tenth is the worst, :func:`~.metrics.higher_is_better` tells from the name); empty
+            tenth is the worst, :func:`~.data.metrics.higher_is_better` tells from the name); empty
             where none was made.
         client_metrics: every client's own numbers behind them, by metric and client; a client
             whose ``compute_metrics`` left a name out is not among its values, here or above.

@@ -15,29 +15,29 @@ from ..comm.state import State
 from ..tuner.layer import FedParaLayer
 from .arguments import FederatedArguments
 from .backend import Backend
-from .batched import BatchedTrainer
-from .batches import Collator
-from .callbacks import FederatedCallback
-from .channel import Channel
-from .checkpoint import write_model
-from .client import LocalTrainer
+from .client.evaluation import Evaluator, Metrics
+from .client.local import LocalTrainer
+from .client.stacked import BatchedTrainer
+from .client.turn import Turns
 from .crew import Crew
+from .data.batches import Collator
+from .data.fingerprint import data_digest, model_facts, population_facts, settings_facts
+from .data.loss import DefaultLoss, LossFunction
+from .data.population import Population
 from .errors import ArgumentsError
-from .evaluation import Evaluator, Metrics
-from .fingerprint import data_digest, model_facts, population_facts, settings_facts
-from .history import History
-from .loss import DefaultLoss, LossFunction
-from .population import Population
+from .folder.checkpoint import write_model
+from .folder.history import History
+from .observers.callbacks import FederatedCallback
+from .observers.trackers import Trackers
 from .precision import Precision
 from .processes import Processes
 from .run import Run
-from .schedule import factor_blocks
-from .server import RoundServer
+from .server.channel import Channel
+from .server.round import RoundServer
+from .server.schedule import factor_blocks
 from .simulation import Simulation
 from .state import ClientState, ServerState
 from .strategies import Strategy, as_strategy
-from .trackers import Trackers
-from .turn import Turns
 
 #: Arguments that may differ between the processes of a run.
 _OWN = ("report_to", "disable_tqdm")
@@ -57,14 +57,14 @@ class FederatedTrainer:
         args: the run's settings.
         train_dataset: one data set per client, as a sequence or a mapping by client name.
         eval_dataset: examples to evaluate the global model on.
-        data_collator: makes a batch from rows; see :func:`~.batches.batches` for the default.
+        data_collator: makes a batch from rows; see :func:`~.data.batches.batches` for the default.
         compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``:
             the mean loss, and of how many terms (tokens, say) it is the mean where those are not
-            the rows; see :class:`~.loss.DefaultLoss` for the default.
+            the rows; see :class:`~.data.loss.DefaultLoss` for the default.
         compute_metrics: from an ``EvalPrediction`` to named numbers, or one number, called
-            ``metric``; see :func:`~.metrics.higher_is_better` for what the names tell.
+            ``metric``; see :func:`~.data.metrics.higher_is_better` for what the names tell.
         strategy: the federated optimizer, or its name (``"scaffold"``); FedAvg by default.
-        callbacks: see :class:`~.callbacks.FederatedCallback`; called on the main process.
+        callbacks: see :class:`~.observers.callbacks.FederatedCallback`; called on the main process.
         client_eval_dataset: one data set per client, in the same order or by the same names, to
             evaluate each client's own model on (the global model and its local tensors).
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..federation.checkpoint import checkpoints
-from ..federation.history import History, report_from_json
-from ..federation.settings import SETTINGS_NAME
+from ..federation.folder.checkpoint import checkpoints
+from ..federation.folder.history import History, report_from_json
+from ..federation.folder.settings import SETTINGS_NAME
 from ..federation.state import RoundReport
 from ..maths.errors import FedParaError
 

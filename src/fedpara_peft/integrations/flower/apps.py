@@ -13,11 +13,11 @@ from torch import nn
 
 from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
-from ...federation.batches import Collator
-from ...federation.callbacks import FederatedCallback
+from ...federation.client.evaluation import Metrics
+from ...federation.data.batches import Collator
+from ...federation.data.loss import LossFunction
 from ...federation.errors import ArgumentsError
-from ...federation.evaluation import Metrics
-from ...federation.loss import LossFunction
+from ...federation.observers.callbacks import FederatedCallback
 from ...federation.strategies import Strategy
 from .messages import answer_record, introduction_record, read_job
 from .node import Answer, Node, NodeSetup

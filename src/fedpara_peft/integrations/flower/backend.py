@@ -15,8 +15,8 @@ from ...comm.errors import PayloadError
 from ...comm.payload import Payload, PayloadSize
 from ...federation.arguments import FederatedArguments
 from ...federation.errors import AgreementError, ResumeError, RoundError
-from ...federation.history import History
-from ...federation.server import OpenRound, RoundServer
+from ...federation.folder.history import History
+from ...federation.server.round import OpenRound, RoundServer
 from ...federation.state import ClientUpdate, Outcome, Refused, RoundReport, ServerState
 from .directory import Directory
 from .exchange import Pending, collect, dispatch

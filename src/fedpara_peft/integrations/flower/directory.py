@@ -11,7 +11,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from ...comm.errors import PayloadError
-from ...federation.fingerprint import differences, shown_differences
+from ...federation.data.fingerprint import differences, shown_differences
 from .messages import read_introduction
 
 logger = logging.getLogger("flwr.fedpara")

@@ -15,20 +15,20 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...comm.errors import PayloadError
-from ...federation.admission import usable_state
 from ...federation.arguments import FederatedArguments
-from ...federation.batches import Collator, count_rows
-from ...federation.channel import Channel
-from ...federation.checkpoint import must_agree
-from ...federation.client import LocalTrainer, Trained
+from ...federation.client.local import LocalTrainer, Trained
+from ...federation.client.turn import Turns
+from ...federation.data.batches import Collator, count_rows
+from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
+from ...federation.data.loss import DefaultLoss, LossFunction
 from ...federation.errors import ClientDataError, RoundError, about
-from ...federation.fingerprint import base_facts, model_facts, settings_facts
-from ...federation.loss import DefaultLoss, LossFunction
-from ...federation.schedule import factor_blocks, resting_factors
+from ...federation.folder.checkpoint import must_agree
+from ...federation.folder.store import DiskStore
+from ...federation.server.admission import usable_state
+from ...federation.server.channel import Channel
+from ...federation.server.schedule import factor_blocks, resting_factors
 from ...federation.state import Broadcast, ClientState, ServerState
-from ...federation.store import DiskStore
 from ...federation.strategies import Strategy, as_strategy
-from ...federation.turn import Turns
 
 logger = logging.getLogger(__name__)
 

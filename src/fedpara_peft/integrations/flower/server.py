@@ -13,24 +13,24 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from ...federation.arguments import FederatedArguments
-from ...federation.batches import Collator
-from ...federation.callbacks import FederatedCallback
-from ...federation.channel import Channel
-from ...federation.checkpoint import write_model
-from ...federation.client import LocalTrainer
+from ...federation.client.evaluation import Evaluator, Metrics
+from ...federation.client.local import LocalTrainer
 from ...federation.crew import Crew
+from ...federation.data.batches import Collator
+from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
+from ...federation.data.loss import DefaultLoss, LossFunction
 from ...federation.errors import ArgumentsError
-from ...federation.evaluation import Evaluator, Metrics
-from ...federation.fingerprint import base_facts, model_facts, settings_facts
-from ...federation.history import History
-from ...federation.loss import DefaultLoss, LossFunction
+from ...federation.folder.checkpoint import write_model
+from ...federation.folder.history import History
+from ...federation.observers.callbacks import FederatedCallback
+from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
-from ...federation.schedule import factor_blocks
-from ...federation.server import RoundServer
+from ...federation.server.channel import Channel
+from ...federation.server.round import RoundServer
+from ...federation.server.schedule import factor_blocks
 from ...federation.state import ServerState
 from ...federation.strategies import Strategy, as_strategy
-from ...federation.trackers import Trackers
 from .backend import FlowerBackend
 from .node import node_facts
 

@@ -1,0 +1,158 @@
+"""A client's turn, the same wherever it trains: train, encode, admit, keep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...comm.errors import PayloadError
+from ...comm.payload import Payload, PayloadSize
+from ...comm.state import State
+from ..arguments import FederatedArguments
+from ..folder.store import ClientStore
+from ..server.admission import checked, checked_state
+from ..server.channel import Channel
+from ..state import ClientState, ClientUpdate, Outcome, Refused
+from ..strategies import Strategy
+from .local import Trained
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What became of what a client trained.
+
+    Attributes:
+        size: length of what it sent; None if it sent nothing.
+        payload: the payload, where one was made.
+        update: what the server uses of it; None if it uses nothing.
+        state: what the client keeps; None if it keeps what it had.
+        refused: why the server uses nothing.
+    """
+
+    size: PayloadSize | None = None
+    payload: Payload | None = None
+    update: ClientUpdate | None = None
+    state: ClientState | None = None
+    refused: PayloadError | None = None
+
+
+class Turns:
+    """Takes what clients train through the channel and into the store.
+
+    Args:
+        args: the run's settings.
+        channel: codecs and lengths.
+        strategy: the federated optimizer.
+        names: the clients' names.
+    """
+
+    def __init__(
+        self, args: FederatedArguments, channel: Channel, strategy: Strategy, names: Sequence[Any]
+    ) -> None:
+        self._args = args
+        self._channel = channel
+        self._strategy = strategy
+        self._names = names
+
+    def take(
+        self,
+        client: int,
+        round: int,
+        train: Callable[[], Trained],
+        store: ClientStore,
+        *,
+        encode: bool = False,
+        seconds: float = 0.0,
+    ) -> Outcome:
+        """Let a client train and keep what is its own; nothing is kept of what the server refuses.
+
+        Args:
+            client: client index.
+            round: rounds completed.
+            train: what it has to send and may keep.
+            store: where what it keeps rests.
+            encode: whether the payload is needed, not its length alone.
+            seconds: how long it has trained already.
+
+        Raises:
+            Exception: the client's own, with ``on_client_error="raise"``.
+        """
+        name, start = self._names[client], time.perf_counter()
+        sent: ClientUpdate | None = None
+        try:
+            trained = train()
+            seconds += time.perf_counter() - start
+            found = deliver(trained, self._channel, self._strategy, self._args, encode=encode)
+            sent = None if found.size is None else trained.update
+        except PayloadError as error:  # it has nothing to deliver
+            found = Delivery(refused=error)
+        except Exception as error:
+            error.add_note(f"in round {round + 1}, client {name!r}")
+            if self._args.on_client_error == "raise":
+                raise
+            said = str(error).removeprefix(f"client {name!r}: ")
+            text = f"it failed: {type(error).__name__}: {said}"
+            refused = Refused(client, "failed", text, error)
+            return Outcome(client, refused=refused, seconds=seconds)
+        payload = found.payload.data if found.payload else b""
+        if found.refused is not None:
+            refused = Refused(client, found.refused.reason, str(found.refused))
+            return Outcome(
+                client, found.size, refused=refused, seconds=seconds, payload=payload, sent=sent
+            )
+        if found.state:
+            store.put(client, round + 1, found.state)
+        return Outcome(
+            client, found.size, found.update, keeps_state=bool(found.state), seconds=seconds,
+            payload=payload, sent=sent,
+        )  # fmt: skip
+
+
+def deliver(
+    trained: Trained,
+    channel: Channel,
+    strategy: Strategy,
+    args: FederatedArguments,
+    *,
+    encode: bool = False,
+) -> Delivery:
+    """Send what a client trained, and find what it keeps.
+
+    Client and server must agree about what was sent, so what the strategy keeps is made of what
+    arrived: decoded and clipped. A client finds out by doing the same as the server. What the
+    server refuses changes nothing of what the client keeps; what is not finite is not even sent.
+
+    Args:
+        trained: a client's turn up to here.
+        channel: of the run.
+        strategy: the federated optimizer.
+        args: the run's settings.
+        encode: make the payload, also where its length would do.
+    """
+    turn = trained.turn
+    size = channel.uplink_size(trained.update)
+    payload = None
+    try:
+        sent = channel.uplink(trained.update, turn.residual, turn.round, encode=encode)
+        payload = sent.payload
+        used = checked(sent.received, args)
+        state = checked_state(_kept(trained, used, sent.residual, strategy))
+    except PayloadError as error:
+        if error.reason == "norm":  # the server finds the same; it is sent to be counted
+            return Delivery(size, payload, refused=error)
+        return Delivery(refused=error)
+    return Delivery(size, payload, used, state)
+
+
+def _kept(trained: Trained, used: ClientUpdate, residual: State, strategy: Strategy) -> ClientState:
+    turn = trained.turn
+    kept = strategy.next_kept(turn.seen, trained.active, used.update, used.extra, trained.steps)
+    groups = {group: at_rest({**turn.kept.get(group, {}), **s}) for group, s in kept.items()}
+    return ClientState(at_rest(trained.local), groups, residual)
+
+
+def at_rest(state: State) -> State:
+    """A state in main memory: an accelerator need not hold that of a thousand clients."""
+    return {name: tensor.cpu() for name, tensor in state.items()}

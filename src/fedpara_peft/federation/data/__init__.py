@@ -1,0 +1,1 @@
+"""The clients' data: partitions, batches, labels, losses."""

@@ -1,0 +1,31 @@
+"""What a model card tells of a run."""
+
+from __future__ import annotations
+
+from ..arguments import FederatedArguments
+from ..strategies import Strategy
+from .history import History
+
+
+def training_facts(
+    history: History, args: FederatedArguments, strategy: Strategy, num_clients: int
+) -> dict[str, str]:
+    """A run in a few lines, as text by name."""
+    up = sum(report.uplink_bytes for report in history)
+    down = sum(report.downlink_bytes for report in history)
+    facts = {
+        "rounds": f"{len(history):,}",
+        "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} in a round",
+        "strategy": type(strategy).__name__,
+        "sent": f"{(up + down) / 1e6:,.2f} MB ({up / 1e6:,.2f} up, {down / 1e6:,.2f} down)",
+    }
+    if (args.uplink_codec, args.downlink_codec) != ("identity", "identity"):
+        facts["codecs"] = f"{args.uplink_codec} up, {args.downlink_codec} down"
+    evaluated = next((report for report in reversed(history.rounds) if report.metrics), None)
+    if evaluated is not None:
+        for name, value in evaluated.metrics.items():
+            facts[name] = f"{value:.4g} after round {evaluated.round}"
+    epsilon = next((r.epsilon for r in reversed(history.rounds) if r.epsilon is not None), None)
+    if epsilon is not None:
+        facts["ε"] = f"{epsilon:.3g} at δ = {args.dp_delta:g}"
+    return facts

@@ -1,0 +1,290 @@
+"""The way between server and clients: what travels, codecs, error feedback, lengths of payloads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ...comm.codecs import Identity, codec_from_name
+from ...comm.errors import CodecError
+from ...comm.feedback import encode_with_feedback
+from ...comm.ledger import Direction
+from ...comm.payload import Format, Payload, PayloadSize
+from ...comm.schema import Schema, schema_of
+from ...comm.state import State
+from ..arguments import FederatedArguments
+from ..errors import ArgumentsError
+from ..random import torch_generator
+from ..state import Broadcast, ClientUpdate, ServerState
+from ..strategies import Strategy
+from .admission import require_finite
+
+#: What a state file or a message calls its own parts.
+_RESERVED = {"update", "buffers", "params", "local", "residual"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What travels one way in a round, as both ends know it before anything does.
+
+    Attributes:
+        params: names of the parameters.
+        buffers: names of the buffers, which travel exact.
+        groups: what the strategy sends beside them.
+        trained: names that every group has: the parameters that train in the round.
+        form: the payload's format.
+    """
+
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    groups: tuple[str, ...]
+    trained: tuple[str, ...]
+    form: Format
+
+    def joined(self, tensors: State, extra: Mapping[str, State]) -> State:
+        """Parameters, buffers and the strategy's groups as one state."""
+        names = (*self.params, *self.buffers)
+        beside = {f"{g}/{n}": extra[g][n] for g in self.groups for n in self.trained}
+        return {**{n: tensors[n] for n in names}, **beside}
+
+    def parted(self, received: State, like: State) -> tuple[State, State, dict[str, State]]:
+        """The inverse of :meth:`joined`: parameters, buffers and groups.
+
+        Args:
+            received: from the payload.
+            like: tensors of the same names, on whose devices they are put.
+        """
+
+        def placed(names: Collection[str], prefix: str = "") -> State:
+            return {n: received[f"{prefix}{n}"].to(like[n].device) for n in names}
+
+        groups = {group: placed(self.trained, f"{group}/") for group in self.groups}
+        return placed(self.params), placed(self.buffers), groups
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A broadcast on its way.
+
+    Attributes:
+        broadcast: what the clients receive.
+        server: the server with its new residual.
+        size: the payload's length.
+        payload: the payload, where one was made.
+    """
+
+    broadcast: Broadcast
+    server: ServerState
+    size: PayloadSize
+    payload: Payload | None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An update on its way.
+
+    Attributes:
+        received: what the server receives.
+        residual: what the client's codec has lost so far, with error feedback.
+        payload: the payload, where one was made.
+    """
+
+    received: ClientUpdate
+    residual: State
+    payload: Payload | None
+
+
+class Channel:
+    """Sends states through the codecs of a run.
+
+    With the identity codec nothing need be encoded: what arrives is what was sent, and a payload's
+    length follows from its schema.
+
+    Error feedback makes up for what the downlink's codec loses of anything, and for what the
+    uplink's loses of the update. What a strategy sends up beside it is made anew each round from
+    what the client keeps, and that follows what was received: feedback would count the loss twice.
+
+    Args:
+        args: the run's settings.
+        strategy: the federated optimizer, for what it declares to send.
+
+    Raises:
+        CodecError: a codec does not exist, or would lose most of the weights on the downlink.
+        ArgumentsError: the strategy declares a group of a name that is taken.
+    """
+
+    def __init__(self, args: FederatedArguments, strategy: Strategy) -> None:
+        self._seed = args.seed
+        self._feedback = args.error_feedback
+        self._codecs = {
+            "uplink": codec_from_name(args.uplink_codec),
+            "downlink": codec_from_name(args.downlink_codec),
+        }
+        if not self._codecs["downlink"].dense:
+            raise CodecError(
+                f"downlink_codec={args.downlink_codec!r} drops entries of the weights themselves: "
+                "use float16, bfloat16, int8 or int4"
+            )
+        self._strategy = type(strategy).__name__
+        self._groups: dict[str, tuple[str, ...]] = {
+            "uplink": tuple(strategy.uplink),
+            "downlink": tuple(strategy.downlink),
+        }
+        for group in {*strategy.uplink, *strategy.downlink}:
+            if group in _RESERVED or "/" in group:
+                raise ArgumentsError(
+                    f"{self._strategy} declares a group {group!r}: give it another name, without a "
+                    f"slash and none of {sorted(_RESERVED)}"
+                )
+        self._layouts: dict[tuple[Direction, frozenset[str], frozenset[str]], Layout] = {}
+
+    def layout(
+        self, direction: Direction, server: ServerState, resting: Collection[str] = ()
+    ) -> Layout:
+        """What travels in a round.
+
+        Args:
+            direction: all of w_t goes down; up comes what trains.
+            server: names, shapes and dtypes of the global state, and which of it are buffers.
+            resting: parameters that do not train in the round.
+        """
+        tensors = server.params
+        trained = [n for n in tensors if n not in resting and n not in server.buffers]
+        if direction == "uplink":
+            tensors = {n: t for n, t in tensors.items() if n not in resting}
+        return self._layout(direction, tensors, server.buffers, trained)
+
+    def downlink(
+        self,
+        server: ServerState,
+        extra: Mapping[str, State],
+        resting: Collection[str] = (),
+        *,
+        encode: bool = False,
+    ) -> Sent:
+        """Send the global state and what the strategy sends beside it.
+
+        Args:
+            server: before the round.
+            extra: the strategy's.
+            resting: parameters that do not train in the round.
+            encode: make the payload, also where its length would do.
+
+        Raises:
+            ArgumentsError: the strategy sends something else than it declares.
+        """
+        layout = self.layout("downlink", server, resting)
+        self._require_declared("downlink", extra, {n: server.params[n] for n in layout.trained})
+        form = layout.form
+        if not form.schema or (isinstance(form.codec, Identity) and not encode):
+            return Sent(Broadcast(server.params, extra), server, form.size, None)
+        feedback = self._feeds_back(form)
+        generator = torch_generator(self._seed, server.round, "downlink codec")
+        payload, received, lost = encode_with_feedback(
+            form,
+            layout.joined(server.params, extra),
+            server.residual if feedback else {},
+            server.round,
+            generator,
+        )
+        if feedback:
+            server = dataclasses.replace(server, residual=lost)
+        params, buffers, groups = layout.parted(received, server.params)
+        found = {**params, **buffers}
+        broadcast = Broadcast({n: found[n] for n in server.params}, groups)
+        return Sent(broadcast, server, payload.size, payload)
+
+    def uplink(
+        self, update: ClientUpdate, residual: State, round: int, *, encode: bool = False
+    ) -> Upload:
+        """Send a client's update, its buffers and what the strategy sends beside them.
+
+        Args:
+            update: a client's.
+            residual: what its codec has lost so far.
+            round: rounds completed.
+            encode: make the payload, also where its length would do.
+
+        Raises:
+            ArgumentsError: the strategy sends something else than it declares.
+            PayloadError: the update is not finite, or too large for the codec.
+        """
+        self._require_declared("uplink", update.extra, update.update)
+        layout = self._of(update)
+        form = layout.form
+        if not form.schema or (isinstance(form.codec, Identity) and not encode):
+            return Upload(update, residual, None)
+        require_finite(update)
+        tensors = {**update.update, **update.buffers}
+        generator = torch_generator(self._seed, round, update.client, "uplink codec")
+        feedback = self._feeds_back(form)
+        payload, received, lost = encode_with_feedback(
+            form,
+            layout.joined(tensors, update.extra),
+            residual if feedback else {},
+            round,
+            generator,
+            update.update if feedback else (),
+        )
+        if feedback:
+            # Names that did not travel this round keep what was lost before.
+            residual = {**residual, **{name: tensor.cpu() for name, tensor in lost.items()}}
+        moved, buffers, extra = layout.parted(received, tensors)
+        arrived = dataclasses.replace(update, update=moved, buffers=buffers, extra=extra)
+        return Upload(arrived, residual, payload)
+
+    def uplink_size(self, update: ClientUpdate) -> PayloadSize:
+        """How long an update's payload is."""
+        return self._of(update).form.size
+
+    def _of(self, update: ClientUpdate) -> Layout:
+        tensors = {**update.update, **update.buffers}
+        return self._layout("uplink", tensors, update.buffers, update.update)
+
+    def _layout(
+        self,
+        direction: Direction,
+        tensors: State,
+        buffers: Collection[str],
+        trained: Collection[str],
+    ) -> Layout:
+        key = (direction, frozenset(tensors), frozenset(trained))
+        if key not in self._layouts:
+            plain = schema_of(tensors)
+            exact = tuple(n for n in plain if n in buffers)
+            groups = self._groups[direction]
+            schema: Schema = {**plain, **{f"{g}/{n}": plain[n] for g in groups for n in trained}}
+            self._layouts[key] = Layout(
+                tuple(n for n in plain if n not in buffers),
+                exact,
+                groups,
+                tuple(trained),
+                Format(schema, self._codecs[direction], frozenset(exact)),
+            )
+        return self._layouts[key]
+
+    def _require_declared(
+        self, direction: Direction, extra: Mapping[str, State], trained: State
+    ) -> None:
+        declared = self._groups[direction]
+        if set(extra) != set(declared):
+            raise ArgumentsError(
+                f"{self._strategy} sends {sorted(extra)} on the {direction}, but declares "
+                f"{sorted(declared)}: name what it sends in its class attribute {direction}"
+            )
+        for group, state in extra.items():
+            found, agreed = schema_of(state), schema_of(trained)
+            if found != agreed:
+                wrong = sorted(
+                    n for n in found.keys() | agreed.keys() if found.get(n) != agreed.get(n)
+                )
+                raise ArgumentsError(
+                    f"{self._strategy} sends {group!r} with other tensors than the parameters that "
+                    f"train ({len(wrong)} differ, first {wrong[:2]}): each group has their names, "
+                    "shapes and dtypes"
+                )
+
+    def _feeds_back(self, form: Format) -> bool:
+        """Whether a codec may lose something; the identity has nothing to make up for."""
+        return self._feedback and not isinstance(form.codec, Identity)

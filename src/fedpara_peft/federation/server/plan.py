@@ -1,0 +1,118 @@
+"""What a run will send, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...comm.ledger import PAPER_MEGABITS_PER_S, energy_j, transfer_s
+from ...comm.state import communicated_state
+from ...tuner.scope import persistent_buffers
+from ..arguments import FederatedArguments
+from ..state import ServerState
+from ..strategies import FedAvg, Strategy
+from .channel import Channel
+from .round import require_fit
+from .schedule import factor_blocks, resting_factors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, energy and time of a run, predicted.
+
+    Attributes:
+        num_clients: the population.
+        cohort_size: clients a round.
+        reporting: of them, those that report, in expectation.
+        num_values: communicated values of the model.
+        downlink_bytes: by round, what one client receives.
+        uplink_bytes: by round, what one client sends.
+    """
+
+    num_clients: int
+    cohort_size: int
+    reporting: float
+    num_values: int
+    downlink_bytes: tuple[int, ...]
+    uplink_bytes: tuple[int, ...]
+
+    @property
+    def total_bytes(self) -> float:
+        """Of all clients and rounds in both directions; exact without drop-outs."""
+        return self.cohort_size * sum(self.downlink_bytes) + self.reporting * sum(self.uplink_bytes)
+
+    def energy_j(self, joules_per_bit: float) -> float:
+        """Energy of all transfers; see :func:`~fedpara_peft.comm.ledger.energy_j`."""
+        return energy_j(self.total_bytes, joules_per_bit)
+
+    def total_s(self, megabits_per_s: float, compute_s: float = 0.0) -> float:
+        """Wall-clock time of all rounds, clients working side by side.
+
+        Args:
+            megabits_per_s: every client's bandwidth.
+            compute_s: computing time of the slowest client in a round, such as a first run's
+                ``RoundReport.slowest_client_s``; left out by default.
+        """
+        rounds = zip(self.downlink_bytes, self.uplink_bytes, strict=True)
+        return sum(compute_s + transfer_s(down + up, megabits_per_s) for down, up in rounds)
+
+    def __str__(self) -> str:
+        rounds = max(1, len(self.downlink_bytes))
+        down, up = sum(self.downlink_bytes) / rounds, sum(self.uplink_bytes) / rounds
+        lines = [
+            f"{self.num_values:,} values are communicated, {len(self.downlink_bytes)} rounds of "
+            f"{self.cohort_size} of {self.num_clients} clients",
+            f"a client and round:  {down / 1e6:,.3f} MB down, {up / 1e6:,.3f} MB up",
+            f"all together:        {self.total_bytes / 1e6:,.1f} MB",
+        ]
+        for bandwidth in PAPER_MEGABITS_PER_S:
+            lines.append(
+                f"transfers at {bandwidth:g} Mbit/s: {self.total_s(bandwidth):,.0f} s, "
+                "computing left out"
+            )
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    args: FederatedArguments,
+    num_clients: int,
+    strategy: Strategy | None = None,
+) -> Plan:
+    """Predict what a run sends, from its settings alone.
+
+    The lengths of payloads follow from the model's schema and the codecs, so without drop-outs the
+    bytes are those that the run then counts.
+
+    Args:
+        model: as it would be given to the trainer; also on the ``meta`` device.
+        args: the run's settings.
+        num_clients: size of the population.
+        strategy: the federated optimizer; FedAvg by default.
+
+    Raises:
+        ArgumentsError: the arguments do not fit each other or the model.
+    """
+    strategy = strategy or FedAvg()
+    require_fit(strategy, args)
+    cohort = args.cohort_size(num_clients)
+    shared = communicated_state(model, args.local_modules) if strategy.communicates else {}
+    shared = {n: t.to("meta") for n, t in shared.items()}  # schemas need no data
+    buffers = frozenset(persistent_buffers(model)) & shared.keys()
+    server = ServerState(0, shared, buffers=buffers)
+    products = factor_blocks(model) if args.factor_schedule == "one_block" else []
+    channel = Channel(args, strategy)
+    down, up = [], []
+    for number in range(args.num_rounds):
+        resting = resting_factors(products, number)
+        down.append(len(channel.layout("downlink", server, resting).form.size))
+        up.append(len(channel.layout("uplink", server, resting).form.size))
+    return Plan(
+        num_clients=num_clients,
+        cohort_size=cohort,
+        reporting=cohort * (1 - args.drop_out_probability),
+        num_values=sum(t.numel() for t in shared.values()),
+        downlink_bytes=tuple(down),
+        uplink_bytes=tuple(up),
+    )

@@ -1,0 +1,110 @@
+"""Differential privacy of the clients (DP-FedAvg, McMahan et al., arXiv:1710.06963).
+
+Every update is clipped to norm C and the server adds Gaussian noise to their sum,
+
+    Δ = (Σ_i clip(Δ_i, C) + N(0, (z C)² I)) / m,
+
+with m the number of clients expected to report, so that the global model hardly depends on any one
+client. ε is computed by ``dp-accounting``. It is meant for those who see global models: cohorts,
+losses and evaluations in a run's folder carry no noise, and its checkpoints hold the noise's seed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+
+from ...comm.state import State
+from ..arguments import FederatedArguments
+from ..errors import ArgumentsError
+from ..random import torch_generator
+
+
+def noise_seed(args: FederatedArguments) -> int | None:
+    """A seed for a new run's noise, unrelated to the run's other randomness; None without noise."""
+    if not args.dp_noise_multiplier or args.dp_noise_seed is not None:
+        return args.dp_noise_seed
+    return secrets.randbits(63)
+
+
+class GaussianMechanism:
+    """Noise for a run, and what it has cost so far.
+
+    Args:
+        args: the run's settings.
+        population: number of clients.
+        cohort_size: clients sampled a round, without replacement.
+        names: of what travels and would not be protected: buffers, and what the strategy sends
+            beside w_t and beside updates.
+
+    Raises:
+        ArgumentsError: something that travels would not be protected, or ``dp-accounting`` is not
+            installed.
+    """
+
+    def __init__(
+        self,
+        args: FederatedArguments,
+        population: int,
+        cohort_size: int,
+        names: list[str],
+    ) -> None:
+        try:
+            import dp_accounting.rdp
+        except ImportError:
+            raise ArgumentsError(
+                "dp_noise_multiplier needs an accountant: pip install 'fedpara-peft[privacy]'"
+            ) from None
+        self._accounting: Any = dp_accounting
+        if names:
+            raise ArgumentsError(
+                f"{len(names)} tensors that travel would not be protected, first {names[:2]}: use "
+                "group norm instead of batch norm, and a strategy that sends updates alone"
+            )
+        if args.client_sampling != "uniform":
+            raise ArgumentsError("dp_noise_multiplier needs client_sampling='uniform'")
+        self._args = args
+        self._size = (population, cohort_size)
+        self._expected = cohort_size * (1 - args.drop_out_probability)
+
+    @property
+    def share(self) -> float:
+        """Clients expected to report, of the population; how many did is not told."""
+        return self._expected / self._size[0]
+
+    def add_noise(self, mean: State, count: int, seed: int, round: int) -> State:
+        """The noisy sum of clipped updates, divided by the clients expected to report.
+
+        How many did report may tell something of them, so the divisor does not depend on it.
+
+        Args:
+            mean: mean of the updates, zero if there are none.
+            count: updates that it is of.
+            seed: of the run's noise.
+            round: rounds completed, for the derived randomness.
+        """
+        args = self._args
+        assert args.clip_update_norm is not None
+        std = args.dp_noise_multiplier * args.clip_update_norm / self._expected
+        noisy = {}
+        for name, tensor in mean.items():
+            generator = torch_generator(seed, round, name)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            sum_part = tensor.double().cpu() * (count / self._expected)
+            noisy[name] = (sum_part + std * noise).to(tensor.dtype).to(tensor.device)
+        return noisy
+
+    def epsilon(self, rounds: int) -> float:
+        """The ε at ``dp_delta`` after so many rounds, of exchanging one client for another."""
+        # Exchanging a client moves the sum by up to 2 C; noise is counted in units of that.
+        library = self._accounting
+        event = library.SampledWithoutReplacementDpEvent(
+            *self._size, library.GaussianDpEvent(self._args.dp_noise_multiplier / 2)
+        )
+        accountant = library.rdp.RdpAccountant(
+            neighboring_relation=library.NeighboringRelation.REPLACE_ONE
+        )
+        accountant.compose(event, rounds)
+        return float(accountant.get_epsilon(self._args.dp_delta))

@@ -1,0 +1,260 @@
+"""The server's half of a round, wherever its clients are."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...comm.errors import PayloadError
+from ...comm.ledger import Direction, Ledger
+from ...comm.payload import Payload, PayloadSize
+from ...comm.state import State
+from ..arguments import FederatedArguments
+from ..errors import ArgumentsError
+from ..state import Broadcast, ClientUpdate, CohortMean, Refused, RoundReport, ServerState
+from ..strategies import Strategy
+from .admission import checked, require_quorum
+from .channel import Channel, Layout
+from .cohort import Cohort
+from .mean import aggregate_from_name
+from .privacy import GaussianMechanism
+from .sampling import drop_outs, sample_cohort
+from .schedule import resting_factors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round that has been announced and not yet closed.
+
+    Attributes:
+        number: rounds completed before it.
+        cohort: the sampled clients.
+        dropped: those of them that will not report, in a simulation.
+        resting: parameters that do not change in it.
+        server: the server, with the downlink's new residual.
+        part: the parameters of it that change.
+        uplink: what they send.
+        broadcast: what the clients receive.
+        size: length of its payload.
+        payload: the payload itself, where one was asked for.
+        updates: what has been taken in so far.
+    """
+
+    number: int
+    cohort: tuple[int, ...]
+    dropped: tuple[int, ...]
+    resting: frozenset[str]
+    server: ServerState
+    part: ServerState
+    uplink: Layout
+    broadcast: Broadcast
+    size: PayloadSize
+    payload: Payload | None
+    updates: Cohort
+
+    @property
+    def reporting(self) -> list[int]:
+        """The clients that train."""
+        return [client for client in self.cohort if client not in self.dropped]
+
+
+class RoundServer:
+    """Samples, broadcasts, takes updates in and steps.
+
+    Args:
+        args: the run's settings.
+        strategy: the federated optimizer.
+        channel: codecs and lengths.
+        num_examples: of every client of the population; read anew in every round.
+        start: the state before the first round.
+        products: the model's factor blocks, where they take turns.
+        names: the clients' names, their indices by default.
+
+    Raises:
+        ArgumentsError: the arguments do not fit the clients or the model.
+    """
+
+    def __init__(
+        self,
+        args: FederatedArguments,
+        strategy: Strategy,
+        channel: Channel,
+        num_examples: Sequence[int],
+        start: ServerState,
+        products: list[list[str]],
+        names: Sequence[Any] | None = None,
+    ) -> None:
+        require_fit(strategy, args)
+        self._args = args
+        self._strategy = strategy
+        self._channel = channel
+        self._num_examples = num_examples
+        self._names = range(len(num_examples)) if names is None else names
+        self._products = products
+        self._cohort_size = args.cohort_size(len(num_examples))
+        self._aggregate = aggregate_from_name(args.aggregation)
+        self._privacy: GaussianMechanism | None = None
+        unprotected = set(start.buffers & start.params.keys())
+        directions: tuple[Direction, ...] = ("downlink", "uplink")
+        for direction in directions:  # made here, so that what cannot travel shows now
+            layout = channel.layout(direction, start)
+            unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
+        if args.dp_noise_multiplier:
+            self._privacy = GaussianMechanism(
+                args, len(num_examples), self._cohort_size, sorted(unprotected)
+            )
+
+    def open(self, server: ServerState, *, encode: bool = False) -> OpenRound:
+        """Sample a cohort and make what it receives.
+
+        Args:
+            server: between two rounds.
+            encode: whether the payload is needed, not its length alone.
+        """
+        args, number = self._args, server.round
+        cohort = sample_cohort(
+            self._num_examples, self._cohort_size, args.seed, number, args.client_sampling
+        )
+        dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
+        resting = frozenset(resting_factors(self._products, number))
+        uplink = self._channel.layout("uplink", server, resting)
+        part = server.restricted(uplink.params)
+        sent = self._channel.downlink(
+            server, self._strategy.broadcast(part), resting, encode=encode
+        )
+        buffers = {n: server.params[n] for n in uplink.buffers}
+        return OpenRound(
+            number=number,
+            cohort=tuple(cohort),
+            dropped=tuple(dropped),
+            resting=resting,
+            server=sent.server,
+            part=part,
+            uplink=uplink,
+            broadcast=sent.broadcast,
+            size=sent.size,
+            payload=sent.payload,
+            updates=Cohort(part.params, buffers, self._strategy.uplink, self._aggregate),
+        )
+
+    def received(
+        self, opened: OpenRound, client: int, payload: bytes, num_examples: int, train_loss: float
+    ) -> ClientUpdate:
+        """What a client sent, decoded and admitted.
+
+        Args:
+            opened: the round.
+            client: client index.
+            payload: its update in bytes.
+            num_examples: its examples, as it says.
+            train_loss: likewise.
+
+        Raises:
+            PayloadError: it is not what was agreed on, or may not be used.
+        """
+        if num_examples < 1 or not math.isfinite(train_loss):
+            raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
+        form = opened.uplink.form
+        found: State = form.decode(payload, opened.number) if form.schema else {}
+        moved, buffers, beside = opened.uplink.parted(found, opened.server.params)
+        update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers)
+        return checked(update, self._args)
+
+    def weight(self, update: ClientUpdate) -> float:
+        """Of an update in the cohort's mean."""
+        args = self._args
+        uniform = self._strategy.weighting == "uniform" or args.client_sampling == "weighted"
+        return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
+
+    def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
+        """Use a checked update; call it in client order."""
+        opened.updates.add(update, self.weight(update))
+
+    def refuse(self, opened: OpenRound, refused: Refused) -> None:
+        """Note an update that is not used, by its client's name."""
+        message = f"client {self._names[refused.client]!r}: {refused.message}"
+        logger.warning("round %d, %s", opened.number + 1, message)
+        opened.updates.refused.append(dataclasses.replace(refused, message=message))
+
+    def close(self, opened: OpenRound) -> tuple[ServerState, CohortMean]:
+        """The server after the round, and the mean it stepped by (noise left out).
+
+        Raises:
+            RoundError: too few updates can be used.
+        """
+        updates = opened.updates
+        require_quorum(updates.count, updates.refused, len(opened.cohort), self._args.quorum)
+        mean = updates.mean(len(self._num_examples))
+        stepped = opened.part
+        if updates.count or self._privacy is not None:  # that nobody came must not show
+            stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
+        params = {**stepped.params, **updates.buffers()}
+        next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
+        return opened.server.updated(next_round), mean
+
+    def report(
+        self,
+        opened: OpenRound,
+        ledger: Ledger,
+        seconds: float,
+        dropped: Sequence[int] = (),
+        averaging_bias: float | None = None,
+        slowest_client_s: float | None = None,
+    ) -> RoundReport:
+        """What happened in a closed round, evaluation left out.
+
+        Args:
+            opened: the round.
+            ledger: with its transfers.
+            seconds: how long it took.
+            dropped: clients that did not report, beside those that the simulation dropped.
+            averaging_bias: where it was measured.
+            slowest_client_s: where it was measured.
+        """
+        number, updates, names = opened.number + 1, opened.updates, self._names
+        return RoundReport(
+            round=number,
+            cohort=tuple(names[client] for client in opened.cohort),
+            dropped=tuple(names[client] for client in sorted({*opened.dropped, *dropped})),
+            refused=tuple((names[r.client], r.reason) for r in updates.refused),
+            train_loss=updates.train_loss,
+            metrics={},
+            uplink_bytes=ledger.total_bytes(number, "uplink"),
+            downlink_bytes=ledger.total_bytes(number, "downlink"),
+            header_bytes=ledger.header_bytes(number),
+            averaging_bias=averaging_bias,
+            epsilon=self.epsilon(number),
+            seconds=seconds,
+            slowest_client_s=slowest_client_s,
+        )
+
+    def epsilon(self, rounds: int) -> float | None:
+        """ε of differential privacy after so many rounds; None without noise."""
+        return None if self._privacy is None else self._privacy.epsilon(rounds)
+
+    def _noisy(self, mean: CohortMean, opened: OpenRound) -> CohortMean:
+        if self._privacy is None:
+            return mean
+        seed = opened.server.noise_seed
+        assert seed is not None
+        noisy = self._privacy.add_noise(mean.update, opened.updates.count, seed, opened.number)
+        return dataclasses.replace(mean, update=noisy, share=self._privacy.share)
+
+
+def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
+    """Raise unless the strategy is right under these settings.
+
+    Raises:
+        ArgumentsError: it is not.
+    """
+    if obstacle := strategy.obstacle(args):
+        raise ArgumentsError(
+            f"{type(strategy).__name__} cannot have {obstacle}; change that, or take another "
+            "strategy"
+        )
