@@ -90,7 +90,7 @@ def test_one_refused_client_of_one_ends_no_run(tmp_path, aggregation, schedule, 
         adapted(mlp()),
         arguments(
             tmp_path, num_rounds=3, clients_per_round=1, aggregation=aggregation,
-            factor_schedule=schedule,
+            factor_schedule=schedule, quorum=0,
         ),
         [toy()],
         strategy=strategy,
@@ -109,6 +109,14 @@ def test_one_refused_client_of_one_ends_no_run(tmp_path, aggregation, schedule, 
     assert same(states[1], before)
     assert not same(states[2], before)
     assert caplog.text.count("no update of the round can be used") == 2
+
+
+def test_a_run_in_which_everybody_diverges_stops_by_default(tmp_path):
+    run = FederatedTrainer(mlp(), arguments(tmp_path), named())
+    before = trained_state(run)
+    with pytest.raises(RoundError, match=r"all 3 updates .*refused \(client 'ward a'.*quorum=0"):
+        spoilt(run, {0, 1, 2}).train()
+    assert same(trained_state(run), before)
 
 
 def test_a_round_that_all_dropped_out_of_changes_nothing(tmp_path):
@@ -201,7 +209,7 @@ class Fragile(nn.Module):
 def test_a_local_head_that_is_not_finite_is_never_stored(tmp_path, strategy, caplog):
     args = arguments(
         tmp_path, num_rounds=2, num_local_epochs=1, per_client_batch_size=64,
-        local_modules=["head"],
+        local_modules=["head"], quorum=0,
     )  # fmt: skip
     run = FederatedTrainer(Fragile(), args, named(), strategy=strategy)
     history = run.train()
@@ -217,7 +225,7 @@ def test_a_strategys_state_that_is_not_finite_is_never_stored(tmp_path, caplog):
         def next_kept(self, broadcast, kept, update, extra, steps):
             return {"sum": {n: t / 0 for n, t in update.items()}}
 
-    run = FederatedTrainer(mlp(), arguments(tmp_path), named(), strategy=Overflows())
+    run = FederatedTrainer(mlp(), arguments(tmp_path, quorum=0), named(), strategy=Overflows())
     history = run.train()
     assert history[0].refused == tuple((n, "not_finite") for n in WARDS)
     assert "the kept sum is not finite" in caplog.text

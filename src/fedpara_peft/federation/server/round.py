@@ -189,7 +189,10 @@ class RoundServer:
             RoundError: too few updates can be used.
         """
         updates = opened.updates
-        require_quorum(updates.count, updates.refused, len(opened.cohort), self._args.quorum)
+        quorum = self._args.quorum
+        if quorum is None and self._privacy is not None:
+            quorum = 0.0  # with noise it must not show that everybody was refused
+        require_quorum(updates.count, updates.refused, len(opened.cohort), quorum)
         mean = updates.mean(len(self._num_examples))
         stepped = opened.part
         if updates.count or self._privacy is not None:  # that nobody came must not show
