@@ -7,7 +7,6 @@ for long, or when the process that started Flower's (the SuperNode) is gone.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,6 +26,8 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ...federation.errors import ArgumentsError, RoundError
 from .node import Answer, Introduction, Job, Node, NodeSetup, client_folder
@@ -68,7 +69,7 @@ class RemoteNode:
         folder.mkdir(mode=0o700, exist_ok=True)
         program = self._program(client)
         endpoint = folder / f"{hashlib.sha256(program).hexdigest()[:16]}.json"
-        with _locked(folder / "lock"):  # one worker, one message at a time
+        with FileLock(folder / "lock"):  # one worker, one message at a time
             try:
                 found, data = _exchange(endpoint, request | {"client": client}, payload)
             except _GONE:
@@ -200,13 +201,6 @@ def _start(program: bytes, endpoint: Path) -> None:
             process.kill()
             raise RoundError(f"the node's worker did not start ({log}): {log.read_text()[-2000:]}")
         time.sleep(0.05)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write_private(path: Path, facts: dict[str, Any]) -> None:
