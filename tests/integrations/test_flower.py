@@ -40,6 +40,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from tests.integrations import flower_task as task
 
 from fedpara_peft.integrations.flower import client_app, server_app
+from fedpara_peft.integrations.report import write_report
+from fedpara_peft.integrations.run_folder import load_run
 
 INT8 = {"uplink_codec": "int8", "downlink_codec": "int8", "error_feedback": True}
 
@@ -260,6 +262,34 @@ def test_a_failing_client_counts_as_one_that_took_no_part(tmp_path, name, monkey
     theirs = load_file(tmp_path / "simulated" / "checkpoint-4" / "server.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert_same_clients(tmp_path, trainer)
+
+
+def test_a_run_over_flower_leaves_what_a_simulation_leaves(tmp_path):
+    """Settings, history, ledger, a model card with the run in it, and a report from them."""
+    run(tmp_path, Scaffold(), save_every=2)
+    trainer = simulate(tmp_path, Scaffold())
+    names = {"history.json", "ledger.npy", "settings.json", "checkpoint-2", "checkpoint-4"}
+    for folder in ("server", "simulated"):
+        assert names <= {path.name for path in (tmp_path / folder).iterdir()}
+    ours, theirs = (
+        json.loads((tmp_path / f / "settings.json").read_text()) for f in ("server", "simulated")
+    )
+    apart = ("identity", "arguments")  # nodes' data are not seen, and this one saves more often
+    assert {n: v for n, v in ours.items() if n not in apart} == {
+        n: v for n, v in theirs.items() if n not in apart
+    }
+    assert ours["identity"]["model"] == theirs["identity"]["model"]
+    found = load_run(tmp_path / "server")
+    assert found.settings["strategy"] == "Scaffold(server_learning_rate=1.0)"
+    assert found.settings["clients"] == task.CLIENTS
+    assert len(found.history) == 4
+    write_report(tmp_path / "server", tmp_path / "report.html")
+    assert "Scaffold" in (tmp_path / "report.html").read_text()
+    card = (tmp_path / "server" / "model" / "README.md").read_text()
+    trainer.save_model(tmp_path / "model")
+    lines = [line for line in card.splitlines() if "rounds" in line or "strategy" in line]
+    assert lines
+    assert all(line in (tmp_path / "model" / "README.md").read_text() for line in lines)
 
 
 def test_a_node_that_was_given_another_run_trains_nobody(tmp_path, caplog):
