@@ -19,6 +19,7 @@ from .backend import Backend
 from .client.evaluation import over_clients
 from .client.local import LocalTrainer
 from .crew import Crew
+from .errors import RoundError
 from .data.metrics import higher_is_better
 from .folder.facts import training_facts
 from .folder.history import History
@@ -91,8 +92,7 @@ class Run:
         return self._local.model
 
     def train(self, resume: bool | str | os.PathLike[str] | None = None) -> History:
-        """Run all rounds; the model holds the last good global state afterwards, also of a run
-        that failed or was interrupted.
+        """Run all rounds; the model holds the last good global state afterwards, come what may.
 
         Args:
             resume: see :meth:`~.trainer.FederatedTrainer.train`.
@@ -116,6 +116,7 @@ class Run:
             raise
         finally:
             self._local.load(self._server.params)
+            self._trackers.end()
             self._note()
         self._crew.on_main(self._ended)
         return self.history
@@ -164,8 +165,8 @@ class Run:
                 self._rounds.take_in(opened, outcome.update)
                 if bias is not None:
                     bias.add(outcome.update.update, self._rounds.weight(outcome.update))
-        if failed and len(failed) == len(came) and failed[0].error is not None:
-            raise failed[0].error  # everybody failed: the fault is not one client's
+        if failed and len(failed) == len(came):  # the fault is not one client's
+            raise failed[0].error or RoundError(f"every client failed, first {failed[0].message}")
         ended, mean = self._rounds.close(opened)
         report = self._rounds.report(
             opened,
@@ -235,7 +236,6 @@ class Run:
     def _ended(self) -> None:
         for callback in self._callbacks:
             callback.on_train_end(self._server, self.history)
-        self._trackers.end()
 
     def _how_to_go_on(self) -> str:
         return (
