@@ -19,8 +19,8 @@ from .backend import Backend
 from .client.evaluation import over_clients
 from .client.local import LocalTrainer
 from .crew import Crew
-from .errors import RoundError
 from .data.metrics import higher_is_better
+from .errors import RoundError
 from .folder.facts import training_facts
 from .folder.history import History
 from .folder.run_folder import RunFolder
