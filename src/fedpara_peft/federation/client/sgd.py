@@ -15,7 +15,7 @@ from .step_weights import StepWeights, clip_scale
 
 
 class SGD:
-    """torch's SGD, in the same bits, without what its class does around every step.
+    """torch's SGD, bit for bit, without what its class does around every step.
 
     g ← g + λ w,   v ← β v + g,   w ← w - η v
     """
