@@ -23,7 +23,7 @@ from peft import get_peft_model
 from report import ask_device, table, write
 from torch import nn
 
-import fedpara_peft.tuner.layer as layer_module
+import fedpara_peft.tuner.layer.base as layer_module
 from fedpara_peft import FedParaConfig
 from fedpara_peft.maths.compose import Half, compose
 

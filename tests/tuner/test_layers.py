@@ -285,7 +285,7 @@ def test_recurrent_layers_keep_what_models_ask_of_them():
 
 
 def test_a_recurrent_layer_composes_once_a_forward(monkeypatch):
-    import fedpara_peft.tuner.layer as module
+    import fedpara_peft.tuner.layer.base as module
 
     calls = []
     monkeypatch.setattr(module, "compose", lambda *a, **k: calls.append(1) or compose(*a, **k))

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from ..comm.state import load_local
 from ..tuner.config import FedParaConfig
-from ..tuner.convert import save_as_loha, save_as_lora
-from ..tuner.from_loha import loha_to_fedpara
+from ..tuner.convert import loha_to_fedpara, save_as_loha, save_as_lora
 from .arguments import new_parser
 from .errors import CommandError
 from .hub import (

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from ..comm.state import LOCAL_WEIGHTS_NAME
 from ..tuner._peft import WRAPPER_PREFIX
 from ..tuner.config import FedParaConfig
-from ..tuner.layer import HALF_CONTAINERS
+from ..tuner.layer import FACTOR_CONTAINER
 from .arguments import in_units, new_parser
 from .hub import adapter_config, adapter_folder
 
@@ -25,9 +25,8 @@ examples:
 Only the file's header is read: nothing is loaded, no base model is needed.
 """
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-#: What FedPara, LoRA and LoHa call their factors.
+#: What LoRA and LoHa call their factors.
 _FACTORS = {
-    *(container for half in HALF_CONTAINERS for container in half),
     *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
     *(f"hada_{factor}" for factor in ("w1_a", "w1_b", "t1", "w2_a", "w2_b", "t2")),
 }
@@ -106,7 +105,7 @@ def _by_layer(
 ) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
     """The tensors by the module they belong to."""
     split = {name: _split(name.removeprefix(WRAPPER_PREFIX)) for name in tensors}
-    adapted = {layer for layer, own in split.values() if own.partition(".")[0] in _FACTORS}
+    adapted = {layer for layer, own in split.values() if _is_factor(own.partition(".")[0])}
     grouped: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
     for name, (layer, own) in split.items():
         # What an adapter saves of the layer that it wraps, its bias, belongs to that layer.
@@ -119,14 +118,18 @@ def _by_layer(
 def _split(name: str) -> tuple[str, str]:
     """A tensor's module, and its name there."""
     parts = name.split(".")
-    cut = next((i for i, part in enumerate(parts) if part in _FACTORS), len(parts) - 1)
+    cut = next((i for i, part in enumerate(parts) if _is_factor(part)), len(parts) - 1)
     return ".".join(parts[:cut]), ".".join(parts[cut:])
+
+
+def _is_factor(name: str) -> bool:
+    return name in _FACTORS or FACTOR_CONTAINER.fullmatch(name) is not None
 
 
 def _rank(own: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
     """Inner ranks of a layer's factors, from their shapes."""
-    outer = {half[0] for half in HALF_CONTAINERS}
-    shapes = [shape for name, (shape, _) in own.items() if name.partition(".")[0] in outer]
+    outer = {name for name in own if FACTOR_CONTAINER.match(name) and "_x" in name}
+    shapes = [own[name][0] for name in outer]
     ranks = {shape[-1] for shape in shapes if shape}
     return ", ".join(map(str, sorted(ranks))) or "-"
 
@@ -147,7 +150,7 @@ def _notes(config: Any, folder: Path) -> list[str]:
     if not isinstance(config, FedParaConfig):
         return []
     notes = []
-    personal = ["W₂ of every layer"] if config.parameterization == "pfedpara" else []
+    personal = [f"W{chr(ord('₁') + half)} of every layer" for half in config.form.local_halves]
     if config.local_modules:
         personal.append(f"the modules {_listed(config.local_modules)}")
     if personal:

@@ -81,5 +81,5 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{output}: {type(merged).__name__}, {sum(p.numel() for p in merged.parameters()):,} values"
     )
-    if config.parameterization == "pfedpara" and args.local is None:
+    if config.form.local_halves and args.local is None:
         print("this is the shared model; --local makes a client's own of it")

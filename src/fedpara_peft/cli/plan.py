@@ -13,6 +13,7 @@ from ..comm.ledger import PAPER_MEGABITS_PER_S
 from ..federation import strategies
 from ..federation.arguments import FederatedArguments
 from ..federation.server.plan import Plan, plan
+from ..maths.parameterizations import PARAMETERIZATIONS
 from ..tuner.config import FedParaConfig
 from ..tuner.summary import fedpara_summary
 from .arguments import duration, in_units, new_parser
@@ -54,7 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, config.json or Hub id")
     parser.add_argument(
-        "--method", choices=("fedpara", "pfedpara", "lowrank"), default="fedpara",
+        "--method", choices=tuple(PARAMETERIZATIONS), default="fedpara",
         help="parameterization (default: fedpara)",
     )  # fmt: skip
     rank = parser.add_mutually_exclusive_group()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..tuner.layer import FedParaLayer
+from ..tuner.layer import factorized_layers
 from ..tuner.scope import LocalModules, Scope, persistent_buffers, tensor_scopes
 from .errors import StateError
 
@@ -64,10 +64,9 @@ def load_local_state(
 ) -> None:
     """Copy a local state into the model in place; see :func:`load_communicated_state`."""
     _load(_tensors(model, "local", local_modules), state, "local")
-    for module in model.modules():
-        if isinstance(module, FedParaLayer):
-            for adapter_name in module.specs:
-                module.keep_local_half(adapter_name)
+    for _, layer in factorized_layers(model):
+        for adapter_name in layer.specs:
+            layer.keep_local_half(adapter_name)
 
 
 def save_local(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..comm.ledger import Ledger
 from ..comm.state import State
-from ..tuner.layer import FedParaLayer
+from ..tuner.layer import factorized_layers
 from .arguments import FederatedArguments
 from .backend import Backend
 from .client.evaluation import Evaluator, Metrics
@@ -220,10 +220,10 @@ class FederatedTrainer:
         personal = copy.deepcopy(self.model)
         for name, tensor in here.items():
             tensor.copy_(kept[name])
-        for module in personal.modules():
-            if state is not None and isinstance(module, FedParaLayer):
-                for adapter in module.specs:
-                    module.keep_local_half(adapter)
+        if state is not None:
+            for _, layer in factorized_layers(personal):
+                for adapter in layer.specs:
+                    layer.keep_local_half(adapter)
         return personal
 
     def save_model(self, output_dir: str | None = None) -> None:

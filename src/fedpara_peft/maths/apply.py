@@ -13,29 +13,25 @@ kernel position. With tanh there is no such form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compose import Half, Nonlinearity
 from .errors import RankError
+from .halves import Half, LowRankForm, Nonlinearity, khatri_rao
+from .parameterizations import get_parameterization
 from .precision import as_given
-from .rank import ParameterizationName
 
-
-class LowRankForm(NamedTuple):
-    """A weight as ``A Bᵀ`` or ``core ×₁ A ×₂ B``.
-
-    Attributes:
-        a: ``(M, R)``.
-        b: ``(N, R)``.
-        core: ``(R, R, *kernel)`` for kernels by Prop. 3, else None.
-    """
-
-    a: Tensor
-    b: Tensor
-    core: Tensor | None = None
+__all__ = [
+    "LowRankForm",
+    "by_rows",
+    "form_rank",
+    "has_low_rank_form",
+    "khatri_rao",
+    "linear",
+    "low_rank_form",
+]
 
 
 def has_low_rank_form(nonlinearity: Nonlinearity) -> bool:
@@ -43,7 +39,7 @@ def has_low_rank_form(nonlinearity: Nonlinearity) -> bool:
     return nonlinearity is None
 
 
-def low_rank_form(halves: Sequence[Half], parameterization: ParameterizationName) -> LowRankForm:
+def low_rank_form(halves: Sequence[Half], parameterization: str) -> LowRankForm:
     """The exact low-rank form of a composed weight (no nonlinearity).
 
         lowrank    R = r         A = X₁,              B = Y₁
@@ -53,41 +49,25 @@ def low_rank_form(halves: Sequence[Half], parameterization: ParameterizationName
     Kernels: the core is ``T₁ ⊗ T₂`` at each position (pfedpara: block-diagonal with T₁).
 
     Args:
-        halves: one half for lowrank, two otherwise.
+        halves: as many as the parameterization has.
         parameterization: the form of the weight.
 
     Returns:
         The form; differentiable with respect to the factors.
     """
-    first = halves[0]
-    if parameterization == "lowrank":
-        return LowRankForm(first.x, first.y, first.t)
-    second = halves[1]
-    a, b = khatri_rao(first.x, second.x), khatri_rao(first.y, second.y)
-    core = None
-    if first.t is not None and second.t is not None:
-        core = _kronecker(first.t, second.t)
-    if parameterization == "pfedpara":
-        a, b = torch.cat([a, first.x], 1), torch.cat([b, first.y], 1)
-        if core is not None and first.t is not None:
-            core = _block_diagonal(core, first.t)
-    return LowRankForm(a, b, core)
+    return get_parameterization(parameterization).low_rank_form(halves)
 
 
-def khatri_rao(x: Tensor, y: Tensor) -> Tensor:
-    """Row-wise Khatri–Rao product: ``(n, r)`` and ``(n, s)`` to ``(n, r s)``."""
-    return (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1)
-
-
-def form_rank(r: int, parameterization: ParameterizationName) -> int:
+def form_rank(r: int, parameterization: str) -> int:
     """R, the number of columns of the low-rank form."""
-    return {"lowrank": r, "fedpara": r * r, "pfedpara": r * r + r}[parameterization]
+    own = get_parameterization(parameterization)
+    return own.form_rank([r] * own.num_halves)
 
 
 def linear(
     x: Tensor,
     halves: Sequence[Half],
-    parameterization: ParameterizationName = "fedpara",
+    parameterization: str = "fedpara",
     scale: float = 1.0,
     *,
     base: Tensor | None = None,
@@ -145,9 +125,7 @@ def linear(
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
-def by_rows(
-    x: Tensor, halves: Sequence[Half], parameterization: ParameterizationName = "fedpara"
-) -> Tensor:
+def by_rows(x: Tensor, halves: Sequence[Half], parameterization: str = "fedpara") -> Tensor:
     """``x Wᵀ`` without A and B: cheaper while x has no more than r rows.
 
         H = Y₁ᵀ diag(x) Y₂,   W x = rowsum((X₁ H) ⊙ X₂)      for each row x
@@ -164,13 +142,7 @@ def by_rows(
     """
     dtype = torch.promote_types(x.dtype, halves[0].x.dtype)
     x, halves = x.to(dtype), [half.to(dtype) for half in halves]
-    first = halves[0]
-    if parameterization == "lowrank":
-        return (x @ first.y) @ first.x.T
-    second = halves[1]
-    h = (x.unsqueeze(2) * first.y).transpose(1, 2) @ second.y  # (T, r₁, r₂)
-    out = ((first.x @ h) * second.x).sum(2)
-    return out + (x @ first.y) @ first.x.T if parameterization == "pfedpara" else out
+    return get_parameterization(parameterization).by_rows(x, halves)
 
 
 class _KhatriRaoLinear(torch.autograd.Function):
@@ -193,7 +165,7 @@ class _KhatriRaoLinear(torch.autograd.Function):
     @staticmethod
     def _forward(
         ctx: Any,
-        parameterization: ParameterizationName,
+        parameterization: str,
         scale: float,
         keep_form: bool,
         x: Tensor,
@@ -238,7 +210,8 @@ class _KhatriRaoLinear(torch.autograd.Function):
             grad_b = (x.T @ grad_h).to(factors[0].dtype)
             if ctx.scale != 1:
                 grad_a = grad_a * ctx.scale
-            grad_factors = _factor_gradients(grad_a, grad_b, halves, ctx.parameterization)
+            own = get_parameterization(ctx.parameterization)
+            grad_factors = own.factor_gradients(grad_a, grad_b, halves)
         return (
             None,
             None,
@@ -251,42 +224,5 @@ class _KhatriRaoLinear(torch.autograd.Function):
         )
 
 
-def _factor_gradients(
-    grad_a: Tensor, grad_b: Tensor, halves: Sequence[Half], name: ParameterizationName
-) -> list[Tensor | None]:
-    """From the gradients of A and B to those of X₁, Y₁(, X₂, Y₂)."""
-    if name == "lowrank":
-        return [grad_a, grad_b]
-    columns = halves[0].x.shape[1] * halves[1].x.shape[1]
-    gradients: list[list[Tensor]] = [[], []]
-    for grad, first, second in (
-        (grad_a, halves[0].x, halves[1].x),
-        (grad_b, halves[0].y, halves[1].y),
-    ):
-        product = grad[:, :columns].reshape(-1, first.shape[1], second.shape[1])
-        grad_first = torch.matmul(product, second.unsqueeze(2)).squeeze(2)
-        grad_second = (product * first.unsqueeze(2)).sum(1)  # a matmul is slower this way round
-        if name == "pfedpara":
-            grad_first = grad_first + grad[:, columns:]
-        gradients[0].append(grad_first)
-        gradients[1].append(grad_second)
-    return [*gradients[0], *gradients[1]]
-
-
 def _pairs(factors: Sequence[Tensor]) -> list[Half]:
     return [Half(factors[i], factors[i + 1]) for i in range(0, len(factors), 2)]
-
-
-def _kronecker(t1: Tensor, t2: Tensor) -> Tensor:
-    """Kronecker product of two cores at each kernel position."""
-    r1, r2 = t1.shape[0], t2.shape[0]
-    product = t1[:, None, :, None] * t2[None, :, None, :]
-    return product.reshape(r1 * r2, r1 * r2, *t1.shape[2:])
-
-
-def _block_diagonal(core: Tensor, block: Tensor) -> Tensor:
-    rows, r = core.shape[0], block.shape[0]
-    out = core.new_zeros(rows + r, rows + r, *core.shape[2:])
-    out[:rows, :rows] = core
-    out[rows:, rows:] = block
-    return out

@@ -1,80 +1,36 @@
 """Compose a weight from its factors.
 
-A weight is built from one or two *halves*; a half is ``X Yᵀ`` for matrices, ``T ×₁ X ×₂ Y`` for
-convolution kernels. Equations and propositions: arXiv:2108.06098.
+A weight is built from *halves* (``halves.py``), in the way of its parameterization
+(``parameterizations/``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import RankError
-from .matmul import matmul
+from .halves import Half, Nonlinearity, compose_half
+from .parameterizations import get_parameterization
 from .precision import as_given
-from .rank import ParameterizationName
 
-Nonlinearity = Literal["tanh"] | None
-
-
-class Half(NamedTuple):
-    """The factors of one low-rank half of a weight.
-
-    Attributes:
-        x: output factor X, ``(M, r)``.
-        y: input factor Y, ``(N, r)``.
-        t: core T of a convolution kernel, ``(r, r, *kernel)``; None for a matrix.
-    """
-
-    x: Tensor
-    y: Tensor
-    t: Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> Half:
-        """The same factors in another dtype."""
-        return Half(
-            self.x.to(dtype), self.y.to(dtype), None if self.t is None else self.t.to(dtype)
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """The factors that exist, in the order x, y, t."""
-        return [f for f in self if f is not None]
-
-
-def compose_half(half: Half) -> Tensor:
-    """Compose one half of a weight.
-
-        W = X Yᵀ             matrix
-        W = T ×₁ X ×₂ Y      kernel (Tucker-2): W[o,i,k] = Σ_ab T[a,b,k] X[o,a] Y[i,b]
-
-    Args:
-        half: factors X ``(M, r)``, Y ``(N, r)`` and optionally T ``(r, r, *kernel)``.
-
-    Returns:
-        ``(M, N)`` or ``(M, N, *kernel)``, contiguous, dtype and device of the factors.
-
-    Raises:
-        RankError: the factors disagree on the rank.
-    """
-    x, y, t = half
-    _check(half)
-    if t is None:
-        return matmul(x, y.T)
-    # Y goes in first and only that small result is permuted: X @ V then comes out contiguous in the
-    # convolution's own layout, which costs it less than any strided product would.
-    r, kernel = t.shape[0], t.shape[2:]
-    v = t.reshape(r, r, -1).transpose(1, 2).reshape(-1, r)  # (r·K, r)
-    v = matmul(v, y.T)
-    v = v.view(r, -1, y.shape[0]).transpose(1, 2).reshape(r, -1)  # (r, N·K)
-    return matmul(x, v).view(x.shape[0], y.shape[0], *kernel)
+__all__ = [
+    "Half",
+    "Nonlinearity",
+    "add_composed_",
+    "check_halves",
+    "compose",
+    "compose_half",
+    "compose_shared",
+    "reachable_rank",
+]
 
 
 def compose(
     halves: Sequence[Half],
-    parameterization: ParameterizationName = "fedpara",
+    parameterization: str = "fedpara",
     nonlinearity: Nonlinearity = None,
     *,
     scale: float = 1.0,
@@ -92,8 +48,8 @@ def compose(
         r for lowrank; with tanh there is no such bound.
 
     Args:
-        halves: one half for ``lowrank``, two otherwise.
-        parameterization: which of the forms above.
+        halves: as many as the parameterization has.
+        parameterization: a registered name, such as one of the forms above.
         nonlinearity: None or ``"tanh"``.
         scale: factor on the composed weight.
         base: tensor of the weight's shape to add it to, ``base + scale · W``; not modified.
@@ -103,7 +59,8 @@ def compose(
         float16 is composed in float32: a product of two small entries would vanish in it.
 
     Raises:
-        RankError: the number of halves does not fit, or factors disagree on their shapes.
+        RankError: there is no such parameterization, the number of halves does not fit, or factors
+            disagree on their shapes.
 
     Example:
         >>> x, y = torch.randn(6, 2), torch.randn(5, 2)
@@ -120,29 +77,34 @@ def compose(
 
 def _compose(
     halves: Sequence[Half],
-    parameterization: ParameterizationName,
+    parameterization: str,
     nonlinearity: Nonlinearity,
     scale: float,
     base: Tensor | None,
 ) -> Tensor:
-    parts = [compose_half(h) for h in halves]
+    parts = _activated(halves, nonlinearity)
     if base is not None and base.dtype != parts[0].dtype:
         base = base.to(parts[0].dtype)
-    if nonlinearity == "tanh":
-        parts = [torch.tanh(p) for p in parts]
-    if parameterization == "pfedpara":
-        base = parts[0] if base is None and scale == 1 else _plus(base, parts[0], scale)
-    if parameterization == "lowrank":
-        return _plus(base, parts[0], scale)
-    if base is not None:
-        return torch.addcmul(base, parts[0], parts[1], value=scale)
-    return _plus(None, parts[0] * parts[1], scale)
+    return get_parameterization(parameterization).combine(parts, scale, base)
+
+
+def compose_shared(
+    halves: Sequence[Half], parameterization: str, nonlinearity: Nonlinearity = None
+) -> Tensor:
+    """What the global factors compose to: the whole weight, or pFedPara's W₁."""
+    parts = _activated(halves, nonlinearity)
+    return get_parameterization(parameterization).combine(parts, shared=True)
+
+
+def _activated(halves: Sequence[Half], nonlinearity: Nonlinearity) -> list[Tensor]:
+    parts = [compose_half(half) for half in halves]
+    return [torch.tanh(part) for part in parts] if nonlinearity == "tanh" else parts
 
 
 def add_composed_(
     target: Tensor,
     halves: Sequence[Half],
-    parameterization: ParameterizationName = "fedpara",
+    parameterization: str = "fedpara",
     nonlinearity: Nonlinearity = None,
     *,
     scale: float = 1.0,
@@ -176,19 +138,19 @@ def add_composed_(
             part.copy_(part.to(delta.dtype) + delta)
 
 
-def check_halves(
-    halves: Sequence[Half], parameterization: ParameterizationName, nonlinearity: Nonlinearity
-) -> None:
+def check_halves(halves: Sequence[Half], parameterization: str, nonlinearity: Nonlinearity) -> None:
     """Raise :class:`RankError` unless the halves can form this parameterization."""
-    wanted = 1 if parameterization == "lowrank" else 2
-    if len(halves) != wanted:
-        raise RankError(f"{parameterization} takes {wanted} halves, got {len(halves)}")
-    if parameterization == "lowrank" and nonlinearity is not None:
-        raise RankError("lowrank has no nonlinearity: tanh(W₁) ⊙ tanh(W₂) needs two halves")
+    own = get_parameterization(parameterization)
+    if len(halves) != own.num_halves:
+        raise RankError(f"{parameterization} takes {own.num_halves} halves, got {len(halves)}")
+    if nonlinearity is not None and not own.multiplies:
+        raise RankError(
+            f"{parameterization} has no nonlinearity: tanh(W₁) ⊙ tanh(W₂) needs two halves"
+        )
 
 
 def reachable_rank(
-    ranks: Sequence[int], parameterization: ParameterizationName, nonlinearity: Nonlinearity
+    ranks: Sequence[int], parameterization: str, nonlinearity: Nonlinearity
 ) -> int | None:
     """Largest rank the composed matrix can have by its inner ranks; None where unbounded (tanh).
 
@@ -197,22 +159,4 @@ def reachable_rank(
     """
     if nonlinearity is not None:
         return None
-    if parameterization == "lowrank":
-        return ranks[0]
-    product = ranks[0] * ranks[1]
-    return product + ranks[0] if parameterization == "pfedpara" else product
-
-
-def _plus(base: Tensor | None, part: Tensor, scale: float) -> Tensor:
-    if base is None:
-        return part if scale == 1 else part * scale
-    return torch.add(base, part, alpha=scale)
-
-
-def _check(half: Half) -> None:
-    x, y, t = half
-    if x.shape[-1] != y.shape[-1] or (t is not None and t.shape[:2] != (x.shape[-1],) * 2):
-        raise RankError(
-            f"the factors disagree on the rank: X {tuple(x.shape)}, Y {tuple(y.shape)}, "
-            f"T {None if t is None else tuple(t.shape)}; X and Y end in r, T begins with r, r"
-        )
+    return get_parameterization(parameterization).reachable_rank(ranks)

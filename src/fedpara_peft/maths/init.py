@@ -16,20 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compose import Nonlinearity
 from .errors import RankError
-from .rank import ParameterizationName, check_rank
+from .halves import Nonlinearity
+from .parameterizations import get_parameterization
+from .parameterizations.base import TANH_VARIANCE_CAP
+from .rank import check_rank
 
-#: Var W₂ of pFedPara. W₂ learns from the gradient G ⊙ W₁, which is small because W₁ is, and by way
-#: of its factors: as small as an ordinary weight they would leave the personal half all but still.
-PERSONAL_VARIANCE = 1.0
-
-#: tanh bounds |W| below 1, so a target variance above this is lowered to it.
-TANH_VARIANCE_CAP = 0.25
+__all__ = [
+    "TANH_VARIANCE_CAP",
+    "factor_std",
+    "fill_normal",
+    "half_variances",
+    "identity_start_std",
+]
 
 
 def half_variances(
-    variance: float, parameterization: ParameterizationName, nonlinearity: Nonlinearity = None
+    variance: float, parameterization: str, nonlinearity: Nonlinearity = None
 ) -> tuple[float, ...]:
     """Variance of each (activated) half so that the composed weight has ``variance``.
 
@@ -45,12 +48,7 @@ def half_variances(
         raise RankError(f"the target variance must be positive, got {variance}")
     if nonlinearity == "tanh":
         variance = min(variance, TANH_VARIANCE_CAP)
-    if parameterization == "lowrank":
-        return (variance,)
-    if parameterization == "pfedpara":
-        personal = TANH_VARIANCE_CAP if nonlinearity == "tanh" else PERSONAL_VARIANCE
-        return variance / (1 + personal), personal
-    return variance**0.5, variance**0.5
+    return get_parameterization(parameterization).half_variances(variance, nonlinearity == "tanh")
 
 
 def factor_std(
@@ -80,7 +78,7 @@ def factor_std(
 
 
 def identity_start_std(
-    r: int, fan_in: int, parameterization: ParameterizationName, *, kernel: bool = False
+    r: int, fan_in: int, parameterization: str, *, kernel: bool = False
 ) -> float:
     """Std of the factors beside a frozen weight, where one factor starts at zero (ΔW = 0).
 
@@ -102,11 +100,7 @@ def identity_start_std(
         RankError: r < 1.
     """
     check_rank(r)
-    if parameterization == "fedpara":
-        power, product = (10, 27 * fan_in * r**4) if kernel else (6, 27 * fan_in * r**2)
-    else:
-        power, product = (4, 3 * fan_in * r) if kernel else (2, 3 * fan_in)
-    return float(product ** (-1 / power))
+    return get_parameterization(parameterization).first_step_std(r, fan_in, kernel=kernel)
 
 
 def fill_normal(tensor: Tensor, std: float) -> None:

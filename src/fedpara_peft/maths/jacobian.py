@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .compose import Half
+from .halves import Half
 from .precision import as_given
 
 

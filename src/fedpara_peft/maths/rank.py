@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from .errors import RankError
+from .parameterizations import FEDPARA, LOWRANK, get_parameterization
 
-ParameterizationName = Literal["fedpara", "pfedpara", "lowrank"]
 KernelSize = int | Sequence[int] | None
 
 
@@ -32,14 +32,14 @@ def parameter_count(
     out_features: int,
     in_features: int,
     kernel_size: KernelSize = None,
-    parameterization: ParameterizationName = "fedpara",
+    parameterization: str = "fedpara",
 ) -> int:
     """Count the parameters of a factorized weight.
 
         2 r (M + N)             matrix, Prop. 1
         2 r (M + N) + 2 r² K    convolution, Prop. 3
 
-    ``lowrank`` (``X Yᵀ``, or Tucker-2 for kernels) has half of either.
+    Each half has half of either: ``lowrank`` (``X Yᵀ``, or Tucker-2 for kernels) is one alone.
 
     Raises:
         RankError: ``r`` or a size is below 1.
@@ -51,7 +51,7 @@ def parameter_count(
     m, n, k = _sizes(out_features, in_features, kernel_size)
     check_rank(r)
     half = r * (m + n) + (r * r * k if k > 1 else 0)
-    return half if parameterization == "lowrank" else 2 * half
+    return get_parameterization(parameterization).num_halves * half
 
 
 def rank_bounds(out_features: int, in_features: int, kernel_size: KernelSize = None) -> RankBounds:
@@ -126,7 +126,7 @@ def rank_for_ratio(
         raise RankError(f"ratio must be in (0, 1], got {ratio}: give the share of the dense layer")
     m, n, k = _sizes(out_features, in_features, kernel_size)
     target = Fraction(repr(float(ratio))) * m * n * k
-    return _least_rank_reaching(math.ceil(target), _ceil_sqrt(max(m, n)), m, n, k, "fedpara")
+    return _least_rank_reaching(math.ceil(target), _ceil_sqrt(max(m, n)), m, n, k, FEDPARA.name)
 
 
 def low_rank_matching(
@@ -139,8 +139,25 @@ def low_rank_matching(
     Raises:
         RankError: ``r`` or a size is below 1.
     """
+    return matching_rank(r, out_features, in_features, kernel_size, LOWRANK.name)
+
+
+def matching_rank(
+    r: int,
+    out_features: int,
+    in_features: int,
+    kernel_size: KernelSize = None,
+    parameterization: str = FEDPARA.name,
+) -> int:
+    """Least rank at which a parameterization has at least FedPara's parameters at inner rank r.
+
+    r itself wherever there are two halves.
+
+    Raises:
+        RankError: ``r`` or a size is below 1.
+    """
     m, n, k = _sizes(out_features, in_features, kernel_size)
-    return _least_rank_reaching(parameter_count(r, m, n, (k,)), 1, m, n, k, "lowrank")
+    return _least_rank_reaching(parameter_count(r, m, n, (k,)), 1, m, n, k, parameterization)
 
 
 def check_rank(r: int) -> None:
@@ -180,7 +197,7 @@ def _ceil_sqrt(n: int) -> int:
 
 
 def _least_rank_reaching(
-    target: int, start: int, m: int, n: int, k: int, parameterization: ParameterizationName
+    target: int, start: int, m: int, n: int, k: int, parameterization: str
 ) -> int:
     low, high = start, start
     kernel = (k,)

@@ -3,8 +3,7 @@
 from ._peft import hook_into_cards, register
 from .card import write_card
 from .config import FedParaConfig
-from .convert import save_as_loha, save_as_lora
-from .from_loha import loha_to_fedpara
+from .convert import loha_to_fedpara, save_as_loha, save_as_lora
 from .jacobian import composed_weights, jacobian_correction
 from .layer import FedParaLayer
 from .model import FedParaModel

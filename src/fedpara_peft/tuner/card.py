@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 
 from .config import FedParaConfig
-from .layer import FedParaLayer
+from .layer import factorized_weights
 from .model import FedParaModel
 from .summary import Summary, fedpara_summary
 
@@ -127,7 +127,7 @@ def _section(model: PeftModel, base_model: Any) -> str:
     for name, config in configs.items():
         parts += [f"### Adapter `{name}`"] if len(configs) > 1 else []
         parts += [_loading(name, config, base_model), _facts_table(model, name, config)]
-        if config.parameterization == "pfedpara" or config.local_modules:
+        if config.form.local_halves or config.local_modules:
             parts.append(
                 "The personal half of the clients is not in it; each client keeps its own."
             )
@@ -170,13 +170,7 @@ def _facts_table(model: PeftModel, name: str, config: FedParaConfig) -> str:
 
 def _sizes(model: PeftModel, name: str, summary: Summary) -> dict[str, str]:
     """Values and bytes against the dense weights in the same places."""
-    factors = (
-        half.x
-        for module in model.modules()
-        if isinstance(module, FedParaLayer) and name in module.specs
-        for weight in module.specs[name].plans
-        for half in module.halves(name, weight)
-    )
+    factors = (half.x for found in factorized_weights(model, name) for half in found.halves)
     first = next(factors, None)
     width = 4 if first is None else first.element_size()
     ours, dense = summary.parameters, summary.dense_parameters

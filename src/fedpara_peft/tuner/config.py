@@ -13,7 +13,8 @@ from typing import Any, Literal, SupportsIndex, get_args
 from peft import PeftConfig, TaskType
 
 from ..maths.errors import RankError
-from ..maths.rank import ParameterizationName, check_gamma, check_rank
+from ..maths.parameterizations import PARAMETERIZATIONS, Parameterization, get_parameterization
+from ..maths.rank import check_gamma, check_rank
 from ._peft import FEDPARA
 from .errors import ConfigError
 
@@ -45,7 +46,8 @@ class FedParaConfig(PeftConfig):
         alpha: numerator of the frozen mode's scale ``alpha / r``; None means scale 1.
         base_weight: ``"frozen"`` or ``"replaced"``.
         parameterization: ``"fedpara"`` (W₁ ⊙ W₂), ``"pfedpara"`` (W₁ ⊙ (W₂ + 1), W₂ local to the
-            client) or ``"lowrank"`` (X Yᵀ, Tucker-2 for kernels).
+            client), ``"lowrank"`` (X Yᵀ, Tucker-2 for kernels), or another that is registered in
+            ``fedpara_peft.maths.parameterizations``.
         nonlinearity: ``"tanh"`` activates both halves, None does not.
         use_effective_conv2d: factorize convolution kernels by Prop. 3; False reshapes them to
             matrices (Prop. 1).
@@ -84,8 +86,8 @@ class FedParaConfig(PeftConfig):
     base_weight: BaseWeight = field(
         default="frozen", metadata={"help": "'frozen': add to W0; 'replaced': train from scratch"}
     )
-    parameterization: ParameterizationName = field(
-        default="fedpara", metadata={"help": "'fedpara', 'pfedpara' or 'lowrank'"}
+    parameterization: str = field(
+        default="fedpara", metadata={"help": " or ".join(map(repr, PARAMETERIZATIONS))}
     )
     nonlinearity: Literal["tanh"] | None = field(default=None, metadata={"help": "None or 'tanh'"})
     use_effective_conv2d: bool = field(
@@ -139,6 +141,11 @@ class FedParaConfig(PeftConfig):
         if self.base_weight == "replaced":
             self._check_replaced()
 
+    @property
+    def form(self) -> Parameterization:
+        """What the parameterization's name stands for."""
+        return get_parameterization(self.parameterization)
+
     def _check_types(self) -> None:
         for name in ("target_modules", "exclude_modules", "local_modules"):
             setattr(self, name, _names(name, getattr(self, name), set))
@@ -168,7 +175,7 @@ class FedParaConfig(PeftConfig):
     def _check_choices(self) -> None:
         for name, choices in (
             ("base_weight", get_args(BaseWeight)),
-            ("parameterization", get_args(ParameterizationName)),
+            ("parameterization", tuple(PARAMETERIZATIONS)),
             ("nonlinearity", (None, "tanh")),
             ("bias", get_args(Bias)),
             ("compute_path", get_args(ComputePath)),
@@ -178,10 +185,10 @@ class FedParaConfig(PeftConfig):
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.parameterization == "lowrank" and self.nonlinearity is not None:
+        if self.nonlinearity is not None and not self.form.multiplies:
             raise ConfigError(
-                "parameterization='lowrank' has no nonlinearity (tanh(W₁) ⊙ tanh(W₂) needs two "
-                "halves): use 'fedpara', or nonlinearity=None"
+                f"parameterization={self.parameterization!r} has no nonlinearity (tanh(W₁) ⊙ "
+                "tanh(W₂) needs two halves): use 'fedpara', or nonlinearity=None"
             )
         if self.compute_path == "khatri_rao" and self.nonlinearity is not None:
             raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..maths.jacobian import jacobian_penalty
 from .errors import ConfigError
-from .layer import ComposedWeight, FedParaLayer
+from .layer import ComposedWeight, factorized_layers
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def composed_weights(model: nn.Module) -> Iterator[dict[str, ComposedWeight]]:
     block is for one loss: open a new one after the factors have changed.
     """
     found: dict[str, ComposedWeight] = {}
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FedParaLayer)]
+    layers = list(factorized_layers(model))
     try:
         for name, layer in layers:
             layer._recording = (name, found)

@@ -6,12 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..maths.rank import (
-    low_rank_matching,
-    parameter_count,
-    rank_bounds,
-    rank_for_gamma,
-)
+from ..maths.rank import matching_rank, parameter_count, rank_bounds, rank_for_gamma
 from .config import FedParaConfig
 from .names import value_for
 
@@ -110,8 +105,7 @@ def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightP
             return None
         else:
             r = max(1, high)
-        if config.parameterization == "lowrank":
-            r = low_rank_matching(r, m, n, kernel)
+        r = matching_rank(r, m, n, kernel, config.parameterization)
     count = parameter_count(r, m, n, kernel, config.parameterization)
     if replaced and count > shape.numel:
         return None

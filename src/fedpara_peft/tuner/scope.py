@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._peft import AuxiliaryTrainingWrapper, is_key_under_prefixes
 from .errors import TargetError
-from .layer import FedParaLayer
+from .layer import FedParaLayer, factorized_layers
 from .names import base_names, module_matches
 
 Scope = Literal["global", "local"]
@@ -50,11 +50,10 @@ def local_tensors(model: nn.Module, local_modules: LocalModules = None) -> set[s
         TargetError: as :func:`tensor_scopes`.
     """
     prefixes = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FedParaLayer):
-            for adapter in module.specs:
-                for container in module.local_containers(adapter):
-                    prefixes.add(f"{name}.{container}.{adapter}".removeprefix("."))
+    for name, layer in factorized_layers(model, remove_duplicate=False):
+        for adapter in layer.specs:
+            for container in layer.local_containers(adapter):
+                prefixes.add(f"{name}.{container}.{adapter}".removeprefix("."))
     for patterns in _declared_local_modules(model, local_modules):
         prefixes.update(_matching_modules(model, patterns))
     if not prefixes:

@@ -10,9 +10,8 @@ from torch import nn
 
 from ..maths.compose import reachable_rank
 from ._peft import is_key_under_prefixes
-from .layer import FedParaLayer
+from .layer import FactorizedWeight, FedParaLayer, factorized_layers, factorized_weights
 from .names import base_names
-from .plan import WeightPlan
 from .scope import Scope, tensor_scopes
 
 
@@ -105,19 +104,16 @@ def fedpara_summary(model: nn.Module, adapter_name: str | None = None) -> Summar
     plain = base_names(model)
     rows: list[SummaryRow] = []
     factors: set[str] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, FedParaLayer):
-            continue
-        factors.update(f"{name}.{container}" for container in module.adapter_layer_names)
-        for adapter in [adapter_name] if adapter_name else module.active_adapters:
-            for weight, plan in (
-                module.specs[adapter].plans.items() if adapter in module.specs else ()
-            ):
-                own = [f"{name}.{c}.{adapter}.{weight}" for c in module.adapter_layer_names]
-                own = [n for n in own if n in parameters]
-                rows.append(
-                    _factorized_row(plain[name], module, adapter, weight, plan, own, scopes)
-                )
+    for name, layer in factorized_layers(model):
+        factors.update(f"{name}.{container}" for container in layer.adapter_layer_names)
+    for found in factorized_weights(model, adapter_name):
+        if adapter_name is not None or found.adapter in found.layer.active_adapters:
+            own = [
+                f"{found.name}.{container}.{found.adapter}.{found.weight}"
+                for container in found.layer.adapter_layer_names
+            ]
+            own = [n for n in own if n in parameters]
+            rows.append(_factorized_row(plain[found.name], found, own, scopes))
     for name, module in model.named_modules():
         if is_key_under_prefixes(name, factors):
             continue
@@ -139,15 +135,13 @@ def fedpara_summary(model: nn.Module, adapter_name: str | None = None) -> Summar
 
 def _factorized_row(
     name: str,
-    layer: FedParaLayer,
-    adapter: str,
-    weight: str,
-    plan: WeightPlan,
+    found: FactorizedWeight,
     own: list[str],
     scopes: Mapping[str, Scope],
 ) -> SummaryRow:
-    spec, shape = layer.specs[adapter], plan.shape
-    bound = reachable_rank((plan.r, plan.r), spec.parameterization, spec.nonlinearity)
+    spec, plan, shape = found.spec, found.plan, found.plan.shape
+    ranks = [plan.r] * spec.form.num_halves
+    bound = reachable_rank(ranks, spec.parameterization, spec.nonlinearity)
     k = math.prod(shape.kernel)
     # A kernel reshaped to a matrix (Prop. 1) has only its output unfolding bounded by the ranks.
     over_outputs = (shape.out_features, shape.in_features * k)
@@ -160,8 +154,8 @@ def _factorized_row(
     full = (min(over_outputs), min(over_inputs))
     texts = [f"{r}/{f}" for r, f in zip(reached, full, strict=True)]
     return SummaryRow(
-        name=name if weight == "weight" else f"{name}.{weight}",
-        kind=layer.kind,
+        name=name if found.weight == "weight" else f"{name}.{found.weight}",
+        kind=found.layer.kind,
         shape=(shape.out_features, shape.in_features, *shape.kernel),
         r=plan.r,
         reachable=texts[0] if texts[0] == texts[1] else ", ".join(texts),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...comm.state import State
-from ...maths.compose import compose_half
-from ...tuner.layer import FedParaLayer
+from ...maths.compose import compose_shared
+from ...tuner.layer import factorized_weights
 
 
 class AveragingBias:
@@ -54,19 +54,7 @@ class AveragingBias:
         with torch.no_grad():
             for name, tensor in self._shared.items():
                 tensor.copy_(state[name])
-            for module in self._model.modules():
-                if isinstance(module, FedParaLayer):
-                    for adapter, spec in module.specs.items():
-                        for weight in spec.plans:
-                            yield self._global_part(module, adapter, weight)
-
-    @staticmethod
-    def _global_part(layer: FedParaLayer, adapter: str, weight: str) -> Tensor:
-        spec = layer.specs[adapter]
-        halves = layer.halves(adapter, weight)
-        parts = [compose_half(h.to(torch.float64)) for h in halves]
-        if spec.nonlinearity == "tanh":
-            parts = [torch.tanh(p) for p in parts]
-        return (
-            parts[0] if layer.local_containers(adapter) or len(parts) == 1 else parts[0] * parts[1]
-        )
+            for found in factorized_weights(self._model):
+                halves = [half.to(torch.float64) for half in found.halves]
+                spec = found.spec
+                yield compose_shared(halves, spec.parameterization, spec.nonlinearity)

@@ -12,7 +12,7 @@ import logging
 
 from torch import nn
 
-from ...tuner.layer import FedParaLayer
+from ...tuner.layer import factorized_weights
 from ...tuner.scope import tensor_scopes
 from ..errors import ArgumentsError
 
@@ -35,14 +35,10 @@ def factor_blocks(model: nn.Module) -> list[list[str]]:
     shared = {name for name, scope in tensor_scopes(model).items() if scope == "global"}
     products = []
     tanh = False
-    for module in model.modules():
-        if isinstance(module, FedParaLayer):
-            for adapter, spec in module.specs.items():
-                tanh |= spec.nonlinearity == "tanh"
-                for weight in spec.plans:
-                    factors = [f for h in module.halves(adapter, weight) for f in h.tensors()]
-                    found = [names[id(factor)] for factor in factors]
-                    products.append([name for name in found if name in shared])
+    for weight in factorized_weights(model):
+        tanh |= weight.spec.nonlinearity == "tanh"
+        found = [names[id(factor)] for half in weight.halves for factor in half.tensors()]
+        products.append([name for name in found if name in shared])
     products = [p for p in products if p]
     if not products:
         raise ArgumentsError(

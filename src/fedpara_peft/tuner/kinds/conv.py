@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..maths.apply import low_rank_form
-from ..maths.precision import as_given, compute_dtype
-from .config import ComputePath
-from .errors import ConfigError
-from .layer import inverted_mask
-from .plan import WeightShape
-from .product import ProductLayer
+from ...maths.apply import low_rank_form
+from ...maths.precision import as_given, compute_dtype
+from ..config import ComputePath
+from ..errors import ConfigError, ConversionError
+from ..layer.base import inverted_mask
+from ..plan import WeightShape
+from .product import ProductLayer, loha_named
 
+_INSTEAD = "put it into exclude_modules before training, or use merge_and_unload() instead"
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -27,6 +30,7 @@ class Conv(ProductLayer):
     """
 
     kind = "conv"
+    base_classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod
     def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:
@@ -46,6 +50,33 @@ class Conv(ProductLayer):
                 "convolution has no low-rank form; use compute_path='auto', or put the layer into "
                 "exclude_modules"
             )
+
+    def lora_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """The kernel's first stage down to R channels, and a 1x1 one up."""
+        base_layer, spec = self.get_base_layer(), self.specs[adapter_name]
+        if base_layer.groups != 1:
+            raise ConversionError(f"{key}: LoRA has no exact form for grouped convolutions")
+        # PEFT builds LoRA's convolutions from kernel size, stride and padding alone.
+        kernel = spec.plans["weight"].shape.kernel
+        if any(d > 1 and k > 1 for d, k in zip(base_layer.dilation, kernel, strict=True)):
+            raise ConversionError(
+                f"{key}: PEFT's LoRA convolves without dilation, the layer has "
+                f"dilation={base_layer.dilation}; {_INSTEAD}"
+            )
+        _check_padding_mode(key, base_layer, "LoRA")
+        a, b, core = low_rank_form(self.halves(adapter_name), spec.parameterization)
+        down = b.T if core is None else torch.einsum("ab...,ib->ai...", core, b)
+        down = down.reshape(down.shape[0], -1, *kernel)
+        up = (self.scale_of(adapter_name) * a).reshape(*a.shape, *[1] * len(kernel))
+        return {"lora_A.weight": down, "lora_B.weight": up}
+
+    def loha_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """LoHa's factors; PEFT has none for three dimensions."""
+        base_layer = self.get_base_layer()
+        if isinstance(base_layer, nn.Conv3d):
+            return super().loha_factors(adapter_name, key)
+        _check_padding_mode(key, base_layer, "LoHa")
+        return loha_named(self.halves(adapter_name))
 
     def _positions(self, x: Tensor) -> int:
         """Output positions; padding is taken as keeping the size."""
@@ -93,3 +124,14 @@ class Conv(ProductLayer):
         spatial = len(self.get_base_layer().kernel_size)
         mask = inverted_mask(delta, delta.shape[-spatial - 1], p)
         return delta * mask.view(-1, *[1] * spatial)
+
+
+def _check_padding_mode(key: str, base_layer: Any, method: str) -> None:
+    """PEFT's LoRA and LoHa pad with zeros, whatever the layer does."""
+    if getattr(base_layer, "padding_mode", "zeros") == "zeros":
+        return
+    if any(base_layer._reversed_padding_repeated_twice):  # in numbers, of padding="same" as well
+        raise ConversionError(
+            f"{key}: PEFT's {method} pads with zeros, the layer has "
+            f"padding_mode={base_layer.padding_mode!r}; {_INSTEAD}"
+        )

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..maths.compose import add_composed_
+from ...maths.compose import add_composed_
 
 
 class MergedLayer:

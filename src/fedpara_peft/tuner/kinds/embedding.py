@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..maths.compose import Half, compose
-from .layer import FedParaLayer
-from .plan import WeightShape
+from ...maths.apply import low_rank_form
+from ...maths.compose import Half, compose
+from ..layer import FedParaLayer
+from ..plan import WeightShape
 
 
 class Embedding(FedParaLayer):
@@ -22,12 +23,27 @@ class Embedding(FedParaLayer):
     """
 
     kind = "embedding"
+    base_classes = (nn.Embedding,)
+    mixes_adapters = True
 
     @staticmethod
     def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:
         """M = number of embeddings, N = embedding dimension."""
         assert isinstance(base_layer, nn.Embedding)
         return {"weight": WeightShape(base_layer.num_embeddings, base_layer.embedding_dim)}
+
+    @classmethod
+    def unsupported(cls, base_layer: nn.Module) -> str | None:
+        """A table that is looked up in another way, or rewritten where W₀ + ΔW was meant."""
+        own = type(base_layer).forward is not nn.Embedding.forward
+        if own and getattr(base_layer, "embed_scale", None) is None:
+            return "it does not use its weight as it is (its forward is its own)"
+        if base_layer.max_norm is not None:
+            return (
+                f"it has max_norm={base_layer.max_norm}, which rewrites rows of the table; build "
+                "the embedding without max_norm"
+            )
+        return None
 
     @property
     def zero_row(self) -> int | None:
@@ -39,6 +55,15 @@ class Embedding(FedParaLayer):
     def feature_dim(self) -> int:
         """A row of the table is an output."""
         return 1
+
+    def lora_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """LoRA's pair for tables, the padding row zero."""
+        spec = self.specs[adapter_name]
+        a, b, _ = low_rank_form(self.halves(adapter_name), spec.parameterization)
+        a = a.clone()
+        if self.zero_row is not None:
+            a[self.zero_row] = 0
+        return {"lora_embedding_A": a.T, "lora_embedding_B": self.scale_of(adapter_name) * b}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look up the base table and add the rows of every active adapter's ΔW.

@@ -6,16 +6,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..maths.apply import linear
-from ..maths.precision import compute_dtype
-from .plan import WeightShape
-from .product import ProductLayer
+from ...maths.apply import linear, low_rank_form
+from ...maths.precision import compute_dtype
+from ..plan import WeightShape
+from .product import ProductLayer, loha_named
 
 
 class Linear(ProductLayer):
     """FedPara for ``y = x Wᵀ + b``; a fresh weight has the He variance ``2 / N``."""
 
     kind = "linear"
+    base_classes = (nn.Linear, Conv1D)
 
     @staticmethod
     def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:
@@ -35,6 +36,29 @@ class Linear(ProductLayer):
     def feature_dim(self) -> int:
         """Dimension of the base layer's weight that runs over the layer's output features."""
         return 1 if self.transposed else 0
+
+    @classmethod
+    def unsupported(cls, base_layer: nn.Module) -> str | None:
+        """The output projection of MultiheadAttention is never called."""
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "its parent MultiheadAttention reads the weight without calling the layer"
+        return None
+
+    def lora_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """FedPara of rank r is a LoRA of rank r²."""
+        spec = self.specs[adapter_name]
+        a, b, _ = low_rank_form(self.halves(adapter_name), spec.parameterization)
+        return {"lora_A.weight": b.T, "lora_B.weight": self.scale_of(adapter_name) * a}
+
+    def loha_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """LoHa's factors; PEFT has none for Conv1D and quantized layers."""
+        if not isinstance(self.get_base_layer(), nn.Linear):
+            return super().loha_factors(adapter_name, key)
+        return loha_named(self.halves(adapter_name))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may approximate this adapter by a LoRA: matrices over a frozen weight."""
+        return not self.replaced
 
     def _positions(self, x: Tensor) -> int:
         return x.numel() // x.shape[-1]

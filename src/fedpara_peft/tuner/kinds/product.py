@@ -8,20 +8,27 @@ is in ``maths/cost.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..maths.apply import form_rank, has_low_rank_form
-from ..maths.cost import low_rank_form_is_cheaper
-from ..maths.precision import autocast_dtype, output_dtype
-from .errors import UnsupportedLayerError
-from .layer import FedParaLayer
+from ...maths.apply import form_rank, has_low_rank_form
+from ...maths.compose import Half
+from ...maths.cost import low_rank_form_is_cheaper
+from ...maths.precision import autocast_dtype, output_dtype
+from ..errors import UnsupportedLayerError
+from ..layer import FedParaLayer
+
+#: LoHa's factors in the order of ours: X, Y, T of each half.
+LOHA_FACTORS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 
 
 class ProductLayer(FedParaLayer):
     """Base of linear layers and convolutions."""
+
+    mixes_adapters = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone.
@@ -152,3 +159,16 @@ class ProductLayer(FedParaLayer):
                 and not hasattr(base_layer, "_hf_hook")
             )
         return False
+
+
+def loha_named(halves: Sequence[Half]) -> dict[str, Tensor]:
+    """Two halves as PEFT's LoHa keeps them, by its names."""
+    found: dict[str, Tensor] = {}
+    for half, names in zip(halves, LOHA_FACTORS, strict=True):
+        x, y, t = half
+        kept: tuple[Tensor | None, ...] = (x, y.T, None)
+        if t is not None:
+            # A Conv1d's core is k x 1 there.
+            kept = (x.T, y.T, t.unsqueeze(-1) if t.dim() == 3 else t)
+        found.update({n: f for n, f in zip(names, kept, strict=True) if f is not None})
+    return found

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .errors import MixedBatchError
-from .layer import FedParaLayer
-from .mixed_batch import BASE, check_names
-from .plan import WeightShape
+from ..errors import MixedBatchError
+from ..layer import FedParaLayer
+from ..layer.mixed_batch import BASE, check_names
+from ..plan import WeightShape
 
 
 class Recurrent(FedParaLayer):
@@ -24,6 +24,8 @@ class Recurrent(FedParaLayer):
     """
 
     kind = "recurrent"
+    base_classes = (nn.LSTM, nn.GRU, nn.RNN)
+    mixes_adapters = True
 
     @staticmethod
     def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ._peft import (
+from .._peft import (
     WRAPPER_PREFIX,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     is_key_under_prefixes,
     tuner_key_prefixes,
 )
-from .errors import CheckpointError
-from .layer import FedParaLayer
-from .names import saved_name
-from .scope import local_tensors
+from ..errors import CheckpointError
+from ..layer import factorized_layers
+from ..names import saved_name
+from ..scope import local_tensors
 
 
 def remap_rest(
@@ -127,23 +127,21 @@ def fill_local_half(model: nn.Module, adapter_name: str, state: dict[str, Tensor
     A personal half that has been trained or loaded stays; a freshly drawn one becomes neutral
     (W₂ = 0).
     """
-    for prefix, module in model.named_modules():
-        if not isinstance(module, FedParaLayer) or adapter_name not in module.specs:
-            continue
+    for prefix, layer in factorized_layers(model, adapter_name):
         entries = {}
-        for name in module.local_containers(adapter_name):
-            if adapter_name in (container := getattr(module, name)):
+        for name in layer.local_containers(adapter_name):
+            if adapter_name in (container := getattr(layer, name)):
                 for weight in container[adapter_name]:
                     key = f"{prefix}.{name}.{adapter_name}.{weight}"
                     entries[key] = (container[adapter_name], weight)
         if not entries or any(name in state for name in entries):
             continue
-        if module.has_fresh_local_half(adapter_name):
+        if layer.has_fresh_local_half(adapter_name):
             for factors, weight in entries.values():
                 if factors[weight].is_meta:
                     factors[weight] = nn.Parameter(
                         torch.empty_like(factors[weight], device="cpu"),
                         requires_grad=factors[weight].requires_grad,
                     )
-            module.reset_local_half(adapter_name)
+            layer.reset_local_half(adapter_name)
         state.update({name: factors[weight].data for name, (factors, weight) in entries.items()})

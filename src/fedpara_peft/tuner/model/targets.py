@@ -11,67 +11,42 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ._peft import (
+from .._peft import (
     DEFAULT_TARGETS,
     DUMMY_TARGET_MODULES,
     find_minimal_names,
     quantization_backend_of,
     resolve_all_linear,
 )
-from .config import ALL_SUPPORTED, HEAD_TASKS, FedParaConfig
-from .conv import Conv
-from .embedding import Embedding
-from .errors import TargetError, UnsupportedLayerError
-from .layer import FedParaLayer
-from .linear import Linear
-from .names import base_names
-from .recurrent import Recurrent
-
-#: Layer kinds: the classes of base layers and the layer that factorizes them.
-LAYER_KINDS: tuple[tuple[tuple[type[nn.Module], ...], type[FedParaLayer]], ...] = (
-    ((nn.Linear, Conv1D), Linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), Conv),
-    ((nn.Embedding,), Embedding),
-    ((nn.LSTM, nn.GRU, nn.RNN), Recurrent),
-)
+from ..config import ALL_SUPPORTED, HEAD_TASKS, FedParaConfig
+from ..errors import TargetError, UnsupportedLayerError
+from ..kinds import LAYER_KINDS, kind_for, kind_of
+from ..layer import FedParaLayer, factorized_layers
+from ..names import base_names
 
 
 def layer_class_for(base_layer: nn.Module) -> type[FedParaLayer] | None:
     """The layer that factorizes a module, None where there is none."""
-    # The output projection of MultiheadAttention: its parent reads the weight and never calls it.
-    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if _own_use_of_weight(base_layer) is not None or _rewrites_its_weight(base_layer):
-        return None
-    for classes, layer_cls in LAYER_KINDS:
-        # Transposed convolutions are no subclass of these, quantized linear layers may be.
-        if isinstance(base_layer, classes):
-            return layer_cls
-    backend = quantization_backend_of(base_layer)
-    return Linear if backend is not None and backend.layer_type == "linear" else None
+    return None if _reason_against(base_layer) is not None else kind_for(base_layer)
 
 
-def _own_use_of_weight(module: nn.Module) -> str | None:
-    """How a layer does something else than to use the weight it holds; None if it does not."""
-    classes = tuple(cls for kinds, _ in LAYER_KINDS for cls in kinds)
+def _reason_against(module: nn.Module) -> str | None:
+    """Why a layer cannot be factorized, whatever its kind; None if nothing speaks against it."""
+    kind = kind_of(module)
+    use = None
     if is_parametrized(module):
-        return (
+        use = (
             "a parametrization computes it; remove_parametrizations of torch.nn.utils.parametrize "
             "ends that"
         )
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        return "it is lazy and has none yet; run a batch through the model first"
-    if isinstance(module, classes) and (computed := _computed(module, "weight")):
-        return _by_hook(module, computed[0])
-    if (
-        isinstance(module, nn.Embedding)
-        and type(module).forward is not nn.Embedding.forward
-        and getattr(module, "embed_scale", None) is None
-    ):
-        return "its forward is its own"
-    return None
+    elif any(is_lazy(p) for p in module.parameters(recurse=False)):
+        use = "it is lazy and has none yet; run a batch through the model first"
+    elif kind is not None and (computed := _computed(module, "weight")):
+        use = _by_hook(module, computed[0])
+    if use is not None:
+        return f"it does not use its weight as it is ({use})"
+    return None if kind is None else kind.unsupported(module)
 
 
 def _by_hook(module: nn.Module, name: str) -> str:
@@ -93,11 +68,6 @@ def _computed(module: nn.Module, kind: Literal["weight", "bias"]) -> list[str]:
     missing = [name for name in names if name not in held and hasattr(module, name)]
     # Another library's quantized layer keeps its weight as it likes.
     return missing if not missing or quantization_backend_of(module) is None else []
-
-
-def _rewrites_its_weight(module: nn.Module) -> bool:
-    """Whether rows of a table are renormalized in place: of W₀ alone, where W₀ + ΔW was meant."""
-    return isinstance(module, nn.Embedding) and module.max_norm is not None
 
 
 def resolve_targets(config: FedParaConfig, model: nn.Module) -> None:
@@ -176,20 +146,10 @@ def supported_class(target: nn.Module, key: str = "") -> type[FedParaLayer]:
     layer_cls = layer_class_for(base_layer)
     if layer_cls is not None:
         return layer_cls
-    kinds = ", ".join(cls.__name__ for classes, _ in LAYER_KINDS for cls in classes)
-    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        reason = "its parent MultiheadAttention reads the weight without calling the layer"
-    elif isinstance(base_layer, nn.modules.conv._ConvTransposeNd):
+    kinds = ", ".join(base.__name__ for kind in LAYER_KINDS for base in kind.base_classes)
+    reason = _reason_against(base_layer) or "FedPara has no form for it"
+    if isinstance(base_layer, nn.modules.conv._ConvTransposeNd):
         reason = "transposed convolutions are not factorized"
-    elif (own_use := _own_use_of_weight(base_layer)) is not None:
-        reason = f"it does not use its weight as it is ({own_use})"
-    elif _rewrites_its_weight(base_layer):
-        reason = (
-            f"it has max_norm={base_layer.max_norm}, which rewrites rows of the table; build the "
-            "embedding without max_norm"
-        )
-    else:
-        reason = "FedPara has no form for it"
     shown = f"{key} ({type(base_layer).__name__})" if key else type(base_layer).__name__
     raise UnsupportedLayerError(
         f"Target module {shown} is not supported: {reason}. Name {kinds} or quantized linear "
@@ -227,10 +187,10 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def untie(model: nn.Module) -> None:
     """Give every factorized layer a base weight of its own, where another module shares it."""
     shared = shared_parameters(model)
-    for module in model.modules():
-        if isinstance(module, FedParaLayer) and module.quantization_backend is None:
-            base_layer = module.get_base_layer()
-            for name in {name for spec in module.specs.values() for name in spec.plans}:
+    for _, layer in factorized_layers(model):
+        if layer.quantization_backend is None:
+            base_layer = layer.get_base_layer()
+            for name in {name for spec in layer.specs.values() for name in spec.plans}:
                 weight = getattr(base_layer, name)
                 if id(weight) in shared:
                     own = nn.Parameter(weight.detach().clone(), weight.requires_grad)

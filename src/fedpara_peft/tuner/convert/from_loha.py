@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ._peft import FEDPARA, WRAPPER_PREFIX, get_pattern_key
-from .config import FedParaConfig
-from .convert import LOHA_FACTORS, carried_over, check_target, write_adapter
-from .errors import ConversionError
-from .layer import HALF_CONTAINERS
-from .names import exact_pattern
+from .._peft import FEDPARA, WRAPPER_PREFIX, get_pattern_key
+from ..config import FedParaConfig
+from ..errors import ConversionError
+from ..kinds.product import LOHA_FACTORS
+from ..layer import half_containers
+from ..names import exact_pattern
+from .folder import carried_over, check_target, write_adapter
 
 
 def loha_to_fedpara(
@@ -56,7 +57,7 @@ def loha_to_fedpara(
         raise ConversionError(f"{path} cannot be read ({error}): save or fetch it again") from None
     _check_factors(source, saved)
     state: dict[str, Tensor] = {}
-    ours = dict(zip(sum(LOHA_FACTORS, ()), sum(HALF_CONTAINERS, ()), strict=True))
+    ours = dict(zip(sum(LOHA_FACTORS, ()), half_containers(0) + half_containers(1), strict=True))
     for key, tensor in saved.items():
         module, _, factor = key.rpartition(".")
         if factor not in ours:

@@ -1,61 +1,29 @@
-"""What every factorized layer shares: its factors, composing, merging, scopes.
+"""What every factorized layer shares: composing its weights, and what a kind says about itself.
 
-A layer kind (``linear.py``, ``conv.py``, ``embedding.py``, ``recurrent.py``) adds the shapes of its
-weights and its forward pass.
+A layer kind (``tuner/kinds``) adds the shapes of its weights and its forward pass. What a layer
+holds is in ``factors.py``, what PEFT asks of it in ``switches.py``, ``scaled.py``, ``merged.py``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..maths.compose import Half, Nonlinearity, compose
-from ..maths.init import factor_std, fill_normal, half_variances, identity_start_std
-from ..maths.rank import ParameterizationName
-from ._peft import in_out_features, quantization_backend_of
-from .config import ComputePath, FedParaConfig
-from .errors import ReplacedWeightError
+from ...maths.compose import Half, compose
+from .._peft import in_out_features, quantization_backend_of
+from ..config import ComputePath, FedParaConfig
+from ..errors import ConversionError
+from ..plan import WeightPlan, WeightShape
+from .factors import FactorHolder
 from .merged import MergedLayer
 from .mixed_batch import BASE, UnreadableWeight, check_names
-from .plan import WeightPlan, WeightShape
 from .scaled import ScaledLayer
-
-#: Containers of the factors, per half in the order x, y, t; each maps adapter to weight to factor.
-#: No name ends in a digit: PEFT matches ``modules_to_save`` by the end of a name.
-HALF_CONTAINERS = (
-    ("fedpara_w1_x", "fedpara_w1_y", "fedpara_w1_t"),
-    ("fedpara_w2_x", "fedpara_w2_y", "fedpara_w2_t"),
-)
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """The settings of one adapter on one layer."""
-
-    plans: Mapping[str, WeightPlan]
-    parameterization: ParameterizationName
-    nonlinearity: Nonlinearity
-    replaced: bool
-    rank_dropout: float
-    module_dropout: float
-    compute_path: ComputePath
-
-    @property
-    def num_halves(self) -> int:
-        """Halves that a weight is composed of."""
-        return 1 if self.parameterization == "lowrank" else 2
-
-    @property
-    def identity_half(self) -> int:
-        """Index of the half whose Y is zero at an identity start (W₂ + 1 has no zero)."""
-        return 1 if self.parameterization == "fedpara" else 0
+from .switches import SwitchedLayer
 
 
 @dataclass(frozen=True)
@@ -67,7 +35,7 @@ class ComposedWeight:
     recompose: Callable[[Sequence[Half]], Tensor]
 
 
-class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
+class FedParaLayer(nn.Module, FactorHolder, MergedLayer, ScaledLayer, SwitchedLayer):
     """A layer whose weights are factorized.
 
     Args:
@@ -78,11 +46,15 @@ class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
         alpha: numerator of the scale ``alpha / r``; None means scale 1.
     """
 
-    adapter_layer_names: tuple[str, ...] = HALF_CONTAINERS[0] + HALF_CONTAINERS[1]
     other_param_names: tuple[str, ...] = ("r", "alpha", "scaling", "specs")
+    #: What summaries and errors call it.
     kind: ClassVar[str]
+    #: The classes of the layers that it factorizes; see ``tuner/kinds``.
+    base_classes: ClassVar[tuple[type[nn.Module], ...]] = ()
+    #: Whether ``forward`` takes ``adapter_names``; without, a batch with them is refused.
+    mixes_adapters: ClassVar[bool] = False
 
-    if TYPE_CHECKING:  # PEFT is not typed; without this all of its methods would be tensors
+    if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -101,19 +73,19 @@ class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         self.in_features, self.out_features = self.features_of(self.get_base_layer())
-        for container in self.adapter_layer_names:
-            setattr(self, container, nn.ModuleDict())
-        self.r: dict[str, int] = {}
-        self.alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        for half in range(2):
+            self._add_containers(half)
+        self.r = {}
+        self.alpha = {}
+        self.scaling = {}
         self._zeroed: dict[str, tuple[float, int]] = {}
-        self.specs: dict[str, AdapterSpec] = {}
+        self.specs = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._merged_scales: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
         self._fresh_local: set[str] = set()
-        self._trained: set[str] | None = None  # factors to train again when adapters come back on
+        self._trained = None
         self._in_mixed_batch: str | None = None  # the layer's name while it is
         self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
         self._active_adapter = adapter_name
@@ -131,6 +103,11 @@ class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
         """Inputs and outputs of the layer, which PEFT shows on every tuner layer."""
         inputs, outputs = in_out_features(base_layer)
         return int(inputs), int(outputs)
+
+    @classmethod
+    def unsupported(cls, base_layer: nn.Module) -> str | None:
+        """Why this very layer cannot be factorized, though it is of this kind; None if it can."""
+        return None
 
     @classmethod
     def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
@@ -159,89 +136,35 @@ class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
         """Names of the base layer's bias parameters."""
         return ("bias",) if getattr(self.get_base_layer(), "bias", None) is not None else ()
 
-    # Factors.
+    # Other methods' forms; what a kind does not answer for is refused.
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: FedParaConfig,
-        plans: Mapping[str, WeightPlan],
-        alpha: float | None,
-        **kwargs: Any,
-    ) -> None:
-        """Add an adapter."""
-        spec = AdapterSpec(
-            plans=dict(plans),
-            parameterization=config.parameterization,
-            nonlinearity=config.nonlinearity,
-            replaced=config.base_weight == "replaced",
-            rank_dropout=config.rank_dropout,
-            module_dropout=config.module_dropout,
-            compute_path=config.compute_path,
-        )
-        self.specs[adapter_name] = spec
-        # The weights of a recurrent layer may differ in rank under γ; the scale is the layer's.
-        self.r[adapter_name] = max(plan.r for plan in plans.values())
-        self.alpha[adapter_name] = self.r[adapter_name] if alpha is None else alpha
-        self.scaling[adapter_name] = self.alpha[adapter_name] / self.r[adapter_name]
-        for containers in HALF_CONTAINERS[: spec.num_halves]:
-            for position, container in enumerate(containers):
-                factors = {
-                    name: nn.Parameter(torch.empty(_factor_shape(plan, position)))
-                    for name, plan in plans.items()
-                    if position < 2 or plan.kernel
-                }
-                if factors:
-                    getattr(self, container)[adapter_name] = nn.ParameterDict(factors)
-        self.reset_adapter_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+    def lora_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """The LoRA that the adapter exactly is on this layer.
 
-    def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw the factors anew from torch's global generator.
+        Args:
+            adapter_name: an adapter without nonlinearity.
+            key: the layer's name, for the error.
 
-        A replaced weight gets the variance documented for its kind; beside a frozen one the
-        factors are drawn so that ΔW's first step is LoHa's (see :func:`identity_start_std`).
+        Returns:
+            A and B by the names PEFT's LoRA has for them, A first; the scale is folded in.
+
+        Raises:
+            ConversionError: LoRA has no exact form for such a layer.
         """
-        spec = self.specs[adapter_name]
-        for name in spec.plans:
-            self._draw(adapter_name, name, range(spec.num_halves))
-            halves = self.halves(adapter_name, name)
-            if init_weights and not spec.replaced:
-                nn.init.zeros_(halves[spec.identity_half].y)
-                if spec.parameterization == "pfedpara":  # W₁ = 0 is the identity; W₂ = 0 is neutral
-                    nn.init.zeros_(halves[1].y)
-        self._fresh_local.add(adapter_name)
+        raise ConversionError(f"{key}: LoRA has no form for {self.kind} layers")
 
-    def keep_local_half(self, adapter_name: str) -> None:
-        """Note that a checkpoint without the personal half must not reset it."""
-        self._fresh_local.discard(adapter_name)
+    def loha_factors(self, adapter_name: str, key: str) -> dict[str, Tensor]:
+        """The LoHa that the adapter exactly is on this layer, by PEFT's names of its factors.
 
-    def has_fresh_local_half(self, adapter_name: str) -> bool:
-        """Whether the personal half is as it was drawn: neither trained nor loaded."""
-        return adapter_name in self._fresh_local
+        Raises:
+            ConversionError: LoHa has no exact form for such a layer.
+        """
+        kind = type(self.get_base_layer()).__name__
+        raise ConversionError(f"{key}: LoHa has no form for {kind} layers")
 
-    def reset_local_half(self, adapter_name: str) -> None:
-        """Draw the personal half W₂ anew so that W₂ = 0: neutral, because W₂ + 1 = 1."""
-        for name in self.specs[adapter_name].plans:
-            self._draw(adapter_name, name, (1,))
-            nn.init.zeros_(self.halves(adapter_name, name)[1].y)
-
-    def halves(self, adapter_name: str, name: str = "weight") -> tuple[Half, ...]:
-        """The factors of one weight, one :class:`Half` per half."""
-        found = []
-        for containers in HALF_CONTAINERS[: self.specs[adapter_name].num_halves]:
-            x, y, t = (getattr(self, container) for container in containers)
-            kernel = self.specs[adapter_name].plans[name].kernel
-            core = _factor(t[adapter_name], name) if kernel else None
-            found.append(Half(_factor(x[adapter_name], name), _factor(y[adapter_name], name), core))
-        return tuple(found)
-
-    def local_containers(self, adapter_name: str) -> tuple[str, ...]:
-        """Containers whose factors stay on the client: pFedPara's W₂."""
-        spec = self.specs.get(adapter_name)
-        personal = spec is not None and spec.parameterization == "pfedpara"
-        return HALF_CONTAINERS[1] if personal else ()
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may approximate this adapter by a LoRA."""
+        return False
 
     # Composed weights.
 
@@ -372,60 +295,6 @@ class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
         """``result`` with what one adapter adds to it, in inference."""
         raise NotImplementedError
 
-    # What PEFT expects of a layer.
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn the adapters on or off; a replaced weight cannot be turned off.
-
-        Back on, they train again if they did before: PEFT itself would train adapters that were
-        loaded for inference.
-        """
-        if enabled == (not self.disable_adapters):
-            return
-        if not enabled:
-            self._refuse_if_replaced(
-                "disabling adapters", "the factors are the weight; build the plain model instead"
-            )
-            self._trained = {name for name, p in self._factors() if p.requires_grad}
-            super().enable_adapters(False)
-            return
-        trained, self._trained = self._trained, None
-        super().enable_adapters(True)
-        if trained is not None:
-            for name, factor in self._factors():
-                factor.requires_grad_(name in trained)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters, which train unless ``inference_mode``."""
-        self._trained = None
-        super().set_adapter(adapter_names, inference_mode)
-
-    def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for container in self.adapter_layer_names:
-            for name, factor in getattr(self, container).named_parameters():
-                yield f"{container}.{name}", factor
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; a replaced weight cannot be removed."""
-        if adapter_name in self.specs:
-            self._refuse_if_replaced(
-                "delete_adapter", "the factors are the weight; use merge_and_unload() first"
-            )
-        super().delete_adapter(adapter_name)
-        self._zeroed.pop(adapter_name, None)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may approximate this adapter by a LoRA: matrices over a frozen weight."""
-        return self.kind == "linear" and not self.replaced
-
-    def __repr__(self) -> str:
-        """As PEFT's own layers: ``get_layer_status()`` shows the method's name."""
-        return "fedpara." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        """Name the quantization back-end."""
-        return quantization_extra_repr(self)
-
     # Private.
 
     def _compose(
@@ -455,49 +324,6 @@ class FedParaLayer(nn.Module, MergedLayer, ScaledLayer, BaseTunerLayer):
             return weight.T
         shape = plan.shape
         return weight.reshape(shape.out_features, shape.in_features, *shape.kernel)
-
-    def _refuse_if_replaced(self, what: str, instead: str) -> None:
-        if self.replaced:
-            raise ReplacedWeightError(f"{what} is not possible: base_weight='replaced', {instead}")
-
-    def _draw(self, adapter_name: str, name: str, which: Iterable[int]) -> None:
-        spec = self.specs[adapter_name]
-        for index in which:
-            std = self._factor_std(spec, spec.plans[name], index)
-            for factor in self.halves(adapter_name, name)[index].tensors():
-                fill_normal(factor, std)
-
-    @staticmethod
-    def _factor_std(spec: AdapterSpec, plan: WeightPlan, index: int) -> float:
-        kernel = bool(plan.kernel)
-        if not spec.replaced:
-            fan_in = plan.shape.numel // plan.shape.out_features
-            return identity_start_std(plan.r, fan_in, spec.parameterization, kernel=kernel)
-        variances = half_variances(plan.shape.variance, spec.parameterization, spec.nonlinearity)
-        return factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
-        # Recurrent layers have no `weight`, and a freed one says nothing.
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        if device is None:
-            for parameter in base_layer.parameters():
-                return parameter.device, parameter.dtype
-        return device, dtype
-
-
-def _factor_shape(plan: WeightPlan, position: int) -> tuple[int, ...]:
-    return ((plan.rows, plan.r), (plan.columns, plan.r), (plan.r, plan.r, *plan.kernel))[position]
-
-
-def _factor(factors: nn.ParameterDict, name: str) -> Tensor:
-    """A factor; of a model that accelerate offloads, from where its hook keeps the values.
-
-    Hooks bring a module's weights back before its forward, which a dictionary of factors has not.
-    """
-    factor: Tensor = factors[name]
-    hook: Any = getattr(factors, "_hf_hook", None) if factor.is_meta else None
-    kept = getattr(hook, "weights_map", None)
-    return factor if kept is None else kept[name].to(hook.execution_device)
 
 
 def _chance(p: float) -> bool:

@@ -8,39 +8,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import Tensor, nn
+from torch import nn
 
-from ._peft import (
+from .._peft import (
     DEFAULT_TARGETS,
     DUMMY_TARGET_MODULES,
     AuxiliaryTrainingWrapper,
     is_excluded,
-    is_key_under_prefixes,
 )
-from .checkpoint import (
-    auxiliary_names,
-    fill_local_half,
-    give_memory,
-    remap_rest,
-    saved_modules,
-    squeeze_cores,
-)
-from .config import FedParaConfig
-from .errors import (
-    CheckpointError,
+from ..config import FedParaConfig
+from ..errors import (
     ConfigError,
     ReplacedWeightError,
     TargetError,
     UnsupportedMethodError,
 )
-from .layer import FedParaLayer
-from .mixed_batch import each_sample_its_adapter
-from .names import saved_name
-from .plan import WeightPlan, alpha_for, plan_layer
-from .scope import local_tensors
+from ..layer import FedParaLayer, factorized_layers, half_containers
+from ..layer.mixed_batch import each_sample_its_adapter
+from ..plan import WeightPlan, alpha_for, plan_layer
+from .saving import SavedModel
 from .targets import (
     ancestors,
     base_layer_of,
@@ -63,7 +52,7 @@ _INSTEAD_OF = {
 }
 
 
-class FedParaModel(BaseTuner):
+class FedParaModel(SavedModel):
     """A model with FedPara adapters.
 
     Args:
@@ -219,18 +208,16 @@ class FedParaModel(BaseTuner):
             for config, bias in zip(configs, wanted, strict=True):
                 config.bias = bias
         if any(bias != "none" for bias in wanted):
-            for layer in model.modules():
-                if isinstance(layer, FedParaLayer):
-                    for name in layer.bias_names():
-                        getattr(layer.get_base_layer(), name).requires_grad_(True)
+            for _, layer in factorized_layers(model):
+                for name in layer.bias_names():
+                    getattr(layer.get_base_layer(), name).requires_grad_(True)
 
     def _post_injection_hook(
         self, model: nn.Module, config: FedParaConfig, adapter_name: str
     ) -> None:
         if config.base_weight == "replaced":
-            for module in model.modules():
-                if isinstance(module, FedParaLayer):
-                    module.free_base_weights()
+            for _, layer in factorized_layers(model):
+                layer.free_base_weights()
         elif not config.inference_mode:
             _warn_of_moving_statistics(model)
 
@@ -243,7 +230,7 @@ class FedParaModel(BaseTuner):
         if names is None:
             yield
             return
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, FedParaLayer)}
+        layers = dict(factorized_layers(self.model))
         settings = kwargs.get("generation_config")  # generate() repeats its samples
         repeats = [
             kwargs.get(option) or getattr(settings, option, None) or 1
@@ -321,108 +308,17 @@ class FedParaModel(BaseTuner):
                 f"{what} is not possible: base_weight='replaced', {why}; use merge_and_unload()"
             )
 
-    # Saving: only what is communicated.
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: FedParaConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        # PEFT goes on to pick embedding tensors from the same dictionary after this hook, so what
-        # must not leave the client is taken out of the dictionary itself.
-        _refuse_lost_layers(model, adapter_name, unwanted_adapter_names)
-        whole = dict(state_dict)
-        originals = saved_modules(model, adapter_name)
-        for name in map(saved_name, local_tensors(model)):
-            state_dict.pop(name, None)
-            if name in originals:  # PEFT insists on an entry: it gets the one before training
-                state_dict[name] = whole[originals[name]]
-        if config.base_weight == "replaced":
-            wrapped = auxiliary_names(model)
-            return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, wrapped)}
-        return super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-
-    @classmethod
-    def _get_learnable_bias_state_dict(
-        cls, model: nn.Module, state_dict: dict[str, Tensor], config: FedParaConfig
-    ) -> dict[str, Tensor]:
-        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
-        if config.bias != "none":
-            for prefix, module in model.named_modules():
-                if isinstance(module, FedParaLayer):
-                    for name in module.bias_names():
-                        key = f"{saved_name(prefix)}.base_layer.{name}"
-                        if key in state_dict:  # a local module's is not
-                            found[key] = state_dict[key]
-        return found
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Only behind a container of factors: the model may have modules of the adapter's name.
-        parts = key.split(".")
-        for i in range(len(parts) - 1, 0, -1):
-            if parts[i] == adapter_name and parts[i - 1] in FedParaLayer.adapter_layer_names:
-                return ".".join(parts[:i] + parts[i + 1 :])
-        return key
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Replaced factors are the weight: they keep the dtype that the model was built in.
-        if self.peft_config[adapter_name].base_weight != "replaced":
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-    # Loading.
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: FedParaConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        squeeze_cores(model, remapped)
-        # A client keeps its head; see _get_adapter_state_dict.
-        for name in saved_modules(model, adapter_name).keys() & local_tensors(model):
-            remapped.pop(name, None)
-        if config.base_weight == "replaced":
-            remove = cls._remove_adapter_name_from_key
-            remapped = remap_rest(model, adapter_name, remapped, remove)
-        if config.parameterization == "pfedpara":
-            fill_local_half(model, adapter_name, remapped)
-        give_memory(model, remapped)
-        return remapped
-
 
 def _refuse_to_save_factors(config: FedParaConfig) -> None:
     """PEFT takes ``modules_to_save`` by the end of a name, whole parts or not."""
+    containers = [c for half in range(config.form.num_halves) for c in half_containers(half)]
     for name in config.modules_to_save or ():
-        caught = [c for c in FedParaLayer.adapter_layer_names if c.endswith(name)]
+        caught = [c for c in containers if c.endswith(name)]
         if caught:
             raise ConfigError(
                 f"modules_to_save has {name!r}, and PEFT would take the factors {caught[0]!r} for "
                 f"it, whose name ends so: give more of the dotted name, as in 'parent.{name}'"
             )
-
-
-def _refuse_lost_layers(model: nn.Module, adapter_name: str, others: list[str]) -> None:
-    """PEFT takes a module named as another adapter for a part of that one, and leaves it out."""
-    for name, module in model.named_modules():
-        if isinstance(module, FedParaLayer) and adapter_name in module.specs:
-            taken = set(others).intersection(name.split("."))
-            if taken:
-                raise CheckpointError(
-                    f"PEFT would leave {name} out of adapter {adapter_name!r}, because another "
-                    f"adapter is called {min(taken)!r} as a module is: give that one another name"
-                )
 
 
 def _warn_of_moving_statistics(model: nn.Module) -> None:

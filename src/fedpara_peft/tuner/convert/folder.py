@@ -1,0 +1,107 @@
+"""What conversions share: the adapter to convert, and the folder that is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftType, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._peft import is_key_under_prefixes
+from ..config import FedParaConfig
+from ..errors import ConversionError
+from ..layer import factorized_layers
+from ..names import base_names, saved_name
+
+
+def config_of(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str, called: str
+) -> FedParaConfig:
+    """The adapter's configuration; raises :class:`ConversionError` where nothing can be written."""
+    if not isinstance(model, nn.Module) or not isinstance(adapter_name, str):
+        given = ", ".join(type(a).__name__ for a in (model, folder, adapter_name))
+        raise ConversionError(
+            f"{called}(model, folder, adapter_name='default') was given ({given}): the model goes "
+            "first, and no rank, for the conversion is exact; peft.save_as_lora(path, model, rank) "
+            "approximates"
+        )
+    configs: Any = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, FedParaConfig):
+        raise ConversionError(
+            f"the model has no FedPara adapter {adapter_name!r}; it has {sorted(configs)}"
+        )
+    if config.base_weight == "replaced":
+        raise ConversionError(
+            "base_weight='replaced' has no base weight that an adapter could be added to: "
+            "merge_and_unload() gives the plain model"
+        )
+    return config
+
+
+def targets_of(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """``target_modules`` that match these layers and no others.
+
+    PEFT takes a listed name for every layer whose name ends in it. Where that is one layer too
+    many, the names become a regex, which PEFT matches whole.
+    """
+    others = set(base_names(model).values()).difference(names)
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) for name in others):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return sorted(names)
+
+
+def carried_over(config: Any) -> dict[str, Any]:
+    """Settings that every method has."""
+    return {
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "modules_to_save": config.modules_to_save,
+        "inference_mode": True,
+    }
+
+
+def rest_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What the adapter saves beside its factors: biases and modules_to_save."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    factors = {
+        f"{saved_name(name)}.{container}"
+        for name, layer in factorized_layers(model)
+        for container in layer.adapter_layer_names
+    }
+    return {k: v for k, v in state.items() if not is_key_under_prefixes(k, factors)}
+
+
+def write_adapter(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
+    """Write an adapter's two files; safetensors takes contiguous tensors that share no memory."""
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ConversionError("the adapter is on the meta device, which holds no values: load one")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    own = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
+    save_file(own, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def check_target(folder: str | os.PathLike[str], method: PeftType) -> None:
+    """Refuse a folder with another method's adapter: the very one to convert, most likely."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        found = "adapter that cannot be read"
+    if found != method.value:
+        raise ConversionError(
+            f"{folder} holds a {found}, which would be overwritten: give another folder"
+        )
