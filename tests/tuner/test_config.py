@@ -133,7 +133,7 @@ def test_the_enum_member_is_a_real_one():
 
 
 def test_peft_and_torch_offer_what_we_reach_into():
-    """If a new version breaks one of these, tuner/_peft.py and tuner/kinds/recurrent.py need a look."""
+    """If a new version breaks one, tuner/_peft.py and tuner/kinds/recurrent.py need a look."""
     import peft.tuners.tuners_utils as utils
     from peft.tuners.mixed import model as mixed
 

@@ -34,9 +34,12 @@ def factor_blocks(model: nn.Module) -> list[list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
     shared = {name for name, scope in tensor_scopes(model).items() if scope == "global"}
     products = []
-    tanh = False
+    curved = set()
     for weight in factorized_weights(model):
-        tanh |= weight.spec.nonlinearity == "tanh"
+        if weight.spec.nonlinearity is not None:
+            curved.add(f"{weight.spec.nonlinearity!r}")
+        if not weight.spec.form.is_multilinear:
+            curved.add(f"{weight.spec.form.name!r}, which multiplies a half with itself")
         found = [names[id(factor)] for half in weight.halves for factor in half.tensors()]
         products.append([name for name in found if name in shared])
     products = [p for p in products if p]
@@ -44,11 +47,12 @@ def factor_blocks(model: nn.Module) -> list[list[str]]:
         raise ArgumentsError(
             "factor_schedule='one_block' needs trainable FedPara adapters: the model has none"
         )
-    if tanh:
+    if curved:
         logger.warning(
-            "factor_schedule='one_block' averages weights exactly only without nonlinearity, the "
-            "model has 'tanh': measure what is left with report_averaging_bias=True, or use "
-            "nonlinearity=None"
+            "factor_schedule='one_block' averages weights exactly only where a weight is linear in "
+            "each factor, the model has %s: measure what is left with report_averaging_bias=True, "
+            "or use nonlinearity=None",
+            " and ".join(sorted(curved)),
         )
     return products
 

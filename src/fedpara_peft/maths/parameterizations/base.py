@@ -77,12 +77,17 @@ class Parameterization:
     @property
     def num_halves(self) -> int:
         """Halves that a weight is composed of."""
-        return 1 + max(i for term in self.terms for i in term)
+        return 1 + max([max(term) for term in self.terms])
 
     @property
     def multiplies(self) -> bool:
         """Whether halves are multiplied with one another: activating them has a meaning then."""
         return any(len(term) > 1 for term in self.terms)
+
+    @property
+    def is_multilinear(self) -> bool:
+        """Whether the weight is linear in every half: none is multiplied with itself."""
+        return all(len(set(term)) == len(term) for term in self.terms)
 
     @property
     def shared_terms(self) -> tuple[tuple[int, ...], ...]:
@@ -109,13 +114,13 @@ class Parameterization:
         """
         total = base
         for term in reversed(self.shared_terms if shared else self.terms):
-            *others, last = (parts[i] for i in term)
-            if others and total is not None:
-                total = torch.addcmul(
-                    total, math.prod(others[1:], start=others[0]), last, value=scale
-                )
+            product, last = None, parts[term[-1]]
+            for i in term[:-1]:
+                product = parts[i] if product is None else product * parts[i]
+            if total is not None and product is not None:
+                total = torch.addcmul(total, product, last, value=scale)
                 continue
-            part = math.prod(others[1:], start=others[0]) * last if others else last
+            part = last if product is None else product * last
             if total is not None:
                 total = torch.add(total, part, alpha=scale)
             else:
@@ -200,7 +205,7 @@ class Parameterization:
         return [t for t in self.terms if sum(i in self.zero_halves for i in t) == 1]
 
     def _columns(self, ranks: Sequence[int]) -> list[int]:
-        return [math.prod(ranks[i] for i in term) for term in self.terms]
+        return [math.prod([ranks[i] for i in term]) for term in self.terms]
 
     def _split(self, grad: Tensor, factors: Sequence[Tensor], columns: list[int]) -> list[Tensor]:
         found: list[Tensor | None] = [None] * len(factors)
