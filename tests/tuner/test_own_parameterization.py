@@ -43,7 +43,7 @@ def test_three_of_them_are_short():
 
 def test_before_it_is_registered_the_name_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
-        ConfigError, match=r"one of \('fedpara', 'pfedpara', 'lowrank'\), got 'three'"
+        ConfigError, match=r"one of \('fedpara', 'pfedpara', 'lowrank'.* got 'three'"
     ):
         FedParaConfig(parameterization="three")
     with monkeypatch.context() as patch:

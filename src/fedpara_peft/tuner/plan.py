@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..maths.apply import form_rank
 from ..maths.rank import matching_rank, parameter_count, rank_bounds, rank_for_gamma
 from .config import FedParaConfig
 from .names import value_for
@@ -44,6 +45,7 @@ class WeightPlan:
         columns: rows of Y: N, or ``N · K`` where a kernel is reshaped to a matrix (Prop. 1).
         kernel: kernel of the core T (Prop. 3); empty where there is none.
         parameters: number of factor entries.
+        form_parameters: number of entries of the weight's low-rank form.
     """
 
     shape: WeightShape
@@ -52,6 +54,7 @@ class WeightPlan:
     columns: int
     kernel: tuple[int, ...]
     parameters: int
+    form_parameters: int
 
 
 def plan_layer(
@@ -109,4 +112,6 @@ def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightP
     count = parameter_count(r, m, n, kernel, config.parameterization)
     if replaced and count > shape.numel:
         return None
-    return WeightPlan(shape, r, m, n, kernel, count)
+    rank = form_rank(r, config.parameterization)
+    form = rank * (m + n) + (rank * rank * math.prod(kernel) if kernel else 0)
+    return WeightPlan(shape, r, m, n, kernel, count, form)

@@ -7,14 +7,13 @@ is in ``maths/cost.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...maths.apply import form_rank, has_low_rank_form
+from ...maths.apply import has_low_rank_form
 from ...maths.compose import Half
 from ...maths.cost import low_rank_form_is_cheaper
 from ...maths.precision import autocast_dtype, output_dtype
@@ -128,12 +127,10 @@ class ProductLayer(FedParaLayer):
         if spec.compute_path == "khatri_rao":
             return True
         plan = spec.plans["weight"]
-        rank = form_rank(plan.r, spec.parameterization)
-        core = rank * rank * math.prod(plan.kernel) if plan.kernel else 0
         return low_rank_form_is_cheaper(
             positions=self._positions(x),
             dense=plan.shape.numel,
-            form=rank * (plan.rows + plan.columns) + core,
+            form=plan.form_parameters,
             r=plan.r,
             training=torch.is_grad_enabled(),
             joined=joined,
