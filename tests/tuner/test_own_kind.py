@@ -125,7 +125,10 @@ def test_peft_may_not_approximate_it_and_a_mixed_batch_is_refused():
         model(torch.randn(2, 12), adapter_names=["default", "__base__"])
 
 
-def test_a_kind_for_a_subclass_goes_before_the_package_s(registered):
+@pytest.mark.usefixtures("registered")
+def test_a_kind_for_a_subclass_goes_before_the_package_s(tmp_path):
+    """Its forward is its own, so what Linear says of Linear's is not said of it."""
+
     class Halved(nn.Linear):
         def forward(self, x):
             return super().forward(x) / 2
@@ -148,4 +151,11 @@ def test_a_kind_for_a_subclass_goes_before_the_package_s(registered):
     layer = model.base_model.model[0]
     weight = plain[0].weight + layer.get_delta_weight("default")
     torch.testing.assert_close(layer(x), (x @ weight.T + plain[0].bias) / 2)
+    for save in (save_as_lora, save_as_loha):
+        with pytest.raises(ConversionError, match=r"^0: Lo(RA|Ha) has no form for [hH]alved"):
+            save(model, tmp_path)
+    assert not layer.supports_lora_conversion()
+    assert model.base_model.model[1].supports_lora_conversion()
+    with pytest.raises(MixedBatchError, match="0 reads its weight"):
+        model.eval()(x, adapter_names=["default", "__base__", "default"])
     torch.testing.assert_close(model.merge_and_unload()[0](x), (x @ weight.T + plain[0].bias) / 2)

@@ -25,6 +25,9 @@ from .mixed_batch import BASE, UnreadableWeight, check_names
 from .scaled import ScaledLayer
 from .switches import SwitchedLayer
 
+#: What a kind says of its forward pass, and inherits with it alone.
+_OF_THE_FORWARD = ("mixes_adapters", "lora_factors", "loha_factors", "supports_lora_conversion")
+
 
 @dataclass(frozen=True)
 class ComposedWeight:
@@ -90,6 +93,14 @@ class FedParaLayer(nn.Module, FactorHolder, MergedLayer, ScaledLayer, SwitchedLa
         self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, plans=plans, alpha=alpha)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A forward of its own owes answers of its own: another kind's would be of its forward."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            for name in _OF_THE_FORWARD:
+                if name not in vars(cls):
+                    setattr(cls, name, vars(FedParaLayer)[name])
 
     # What a layer kind says about itself.
 

@@ -57,13 +57,13 @@ def each_sample_its_adapter(
     repeated = [name for name in once for _ in range(num_beams)]
     encoder = encoder_of(model) if num_beams > 1 else None
     in_encoder = set(encoder.modules()) if encoder is not None else set()
-    mixing = tuple({type(layer) for layer in layers.values() if layer.mixes_adapters})
+    mixing = {layer for layer in layers.values() if layer.mixes_adapters}
     handles = []
     try:
         for name, layer in layers.items():
             layer._in_mixed_batch = name
         for module in model.modules():
-            if isinstance(module, (*mixing, AuxiliaryTrainingWrapper)):
+            if module in mixing or isinstance(module, AuxiliaryTrainingWrapper):
                 hook = partial(_add_names, once if module in in_encoder else repeated)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield

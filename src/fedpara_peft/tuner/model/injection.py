@@ -311,7 +311,8 @@ class FedParaModel(SavedModel):
 
 def _refuse_to_save_factors(config: FedParaConfig) -> None:
     """PEFT takes ``modules_to_save`` by the end of a name, whole parts or not."""
-    containers = [c for half in range(config.form.num_halves) for c in half_containers(half)]
+    own = [c for half in range(config.form.num_halves) for c in half_containers(half)]
+    containers = dict.fromkeys([*FedParaLayer.adapter_layer_names, *own])
     for name in config.modules_to_save or ():
         caught = [c for c in containers if c.endswith(name)]
         if caught:
