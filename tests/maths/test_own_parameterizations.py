@@ -152,9 +152,10 @@ def test_what_the_global_halves_compose_to():
     ("changes", "said"),
     [
         ({"terms": ((0, 2),)}, "without a gap"),
+        ({"terms": ((0, 1), (0,)), "variances": lambda v, tanh: (v, v)}, "does not start as 0"),
         ({"terms": ((0, 0),), "zero_halves": (0,)}, "has a gradient"),
         ({"terms": ((0, 1),), "local_halves": (1,)}, "nothing is left"),
-        ({"terms": ((0, 1), (0,))}, "`variances`"),
+        ({"terms": ((0, 1), (0,)), "zero_halves": (0,)}, "`variances`"),
     ],
 )
 def test_one_that_cannot_be_learned_is_refused(changes, said):

@@ -87,7 +87,8 @@ class FedParaConfig(PeftConfig):
         default="frozen", metadata={"help": "'frozen': add to W0; 'replaced': train from scratch"}
     )
     parameterization: str = field(
-        default="fedpara", metadata={"help": " or ".join(map(repr, PARAMETERIZATIONS))}
+        default="fedpara",
+        metadata={"help": "; ".join(f"{p.name}: {p.formula}" for p in PARAMETERIZATIONS.values())},
     )
     nonlinearity: Literal["tanh"] | None = field(default=None, metadata={"help": "None or 'tanh'"})
     use_effective_conv2d: bool = field(

@@ -32,8 +32,9 @@ class Parameterization:
         name: what a configuration calls it.
         formula: the weight, for texts.
         terms: the indices of the halves that each term multiplies; a half may stand more than once.
-        zero_halves: the halves whose Y is zero at the start beside a frozen weight. Some term must
-            hold one of them exactly once: where all hold two or more, no gradient leaves ΔW = 0.
+        zero_halves: the halves whose Y is zero at the start beside a frozen weight. Every term must
+            hold one, so that ΔW = 0, and some term one factor of them alone: where all hold two or
+            more, no gradient leaves that point.
         local_halves: halves that stay on the client. A weight without them, where they are zero,
             must be left.
         variances: from the composed weight's variance, and whether halves are activated by tanh, to
@@ -55,6 +56,11 @@ class Parameterization:
         if not self.terms or not all(self.terms) or used != set(range(len(used))):
             raise RankError(
                 f"{self.name}: the terms {self.terms} must name halves 0, 1, … without a gap"
+            )
+        if not all(set(term) & set(self.zero_halves) for term in self.terms):
+            raise RankError(
+                f"{self.name}: with Y = 0 in the halves {self.zero_halves} alone, ΔW does not "
+                f"start as 0: every term of {self.terms} must hold one of them"
             )
         if not self._moving_terms():
             raise RankError(
