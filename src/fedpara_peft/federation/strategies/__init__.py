@@ -7,10 +7,11 @@ from .fedavgm import FedAvgM
 from .feddyn import FedDyn
 from .fedprox import FedProx
 from .local_only import LocalOnly
-from .named import as_strategy
+from .named import STRATEGIES, as_strategy
 from .scaffold import Scaffold
 
 __all__ = [
+    "STRATEGIES",
     "Correction",
     "FedAdagrad",
     "FedAdam",
