@@ -1,13 +1,15 @@
 """Federated optimizers, one paper a file."""
 
+from ..state import LocalSteps
 from .adaptive import FedAdagrad, FedAdam, FedYogi
-from .base import Correction, LocalSteps, Strategy
+from .base import Correction, Strategy
 from .fedavg import FedAvg
 from .fedavgm import FedAvgM
 from .feddyn import FedDyn
 from .fedprox import FedProx
 from .local_only import LocalOnly
 from .named import STRATEGIES, as_strategy
+from .objective import Objective
 from .scaffold import Scaffold
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "FedYogi",
     "LocalOnly",
     "LocalSteps",
+    "Objective",
     "Scaffold",
     "Strategy",
     "as_strategy",
