@@ -222,3 +222,13 @@ def test_what_a_local_loss_returns_is_read_as_compute_losses(tmp_path):
 
     with pytest.raises(ArgumentsError, match="returned a loss of"):
         trainer(tmp_path, Wrong(), on_client_error="raise").train()
+
+
+def test_a_forward_pass_at_the_broadcast_changes_nobody_elses_buffers(tmp_path):
+    """Batch norm in training mode moves the statistics it is given; with μ = 0 it is FedAvg."""
+    own = trainer(tmp_path / "own", Moon(mu=0.0), mlp())
+    own.train()
+    plain = trainer(tmp_path / "plain", FedAvg(), mlp(), engine="sequential")
+    plain.train()
+    expected = plain.model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in own.model.state_dict().items())

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.federation.runs import FedNova
 from tests.federation.test_trainer import arguments, slow_turn, toy
 from tests.zoo import adapted, mlp
 
@@ -103,22 +104,6 @@ class Krum(Strategy):
         nearest = max(1, len(vectors) - self.byzantine - 2)
         scores = squares.sort(1).values[:, 1 : nearest + 1].sum(1)
         return advance(server, mean.updates[int(scores.argmin())].update)
-
-
-@dataclass(frozen=True)
-class FedNova(Strategy):
-    """Updates by their steps' weight: Δ = (Σ pᵢ τᵢ) Σ pᵢ Δᵢ / τᵢ (arXiv:2007.07481, eq. 6)."""
-
-    sees_updates: ClassVar[bool] = True
-
-    def server_step(self, server, mean):
-        shares = [(p, u) for p, u in zip(mean.weights, mean.updates, strict=True)]
-        effective = sum(p * u.steps.weight for p, u in shares)
-        step = {
-            n: effective * sum(p / u.steps.weight * u.update[n] for p, u in shares)
-            for n in mean.update
-        }
-        return advance(server, step)
 
 
 def turns(run, number, state):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...comm.state import State
 from ..data.loss import Loss, LossFunction, read_loss
 from ..state import Broadcast
 from .base import Kept, Strategy
@@ -22,7 +23,8 @@ class Objective:
     def __init__(self, strategy: Strategy, compute_loss: LossFunction) -> None:
         self._strategy = strategy
         self._compute_loss = compute_loss
-        self.begin(Broadcast({}), {})
+        self._broadcast = Broadcast({})
+        self._kept: Kept = {}
 
     @property
     def owner(self) -> str | None:
@@ -33,12 +35,18 @@ class Objective:
     def begin(self, broadcast: Broadcast, kept: Kept) -> None:
         """A client's turn begins.
 
+        A strategy of one's own gets copies: a forward pass at other weights, in training mode,
+        moves the buffers that it is given, and these are everybody's.
+
         Args:
             broadcast: what it received, of the parameters that train.
             kept: what the strategy keeps for it.
         """
-        self._broadcast = broadcast
-        self._kept = kept
+        if self.owner is not None:
+            extra = {group: _copy(state) for group, state in broadcast.extra.items()}
+            broadcast = Broadcast(_copy(broadcast.params), extra)
+            kept = {group: _copy(state) for group, state in kept.items()}
+        self._broadcast, self._kept = broadcast, kept
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
         """What :func:`~..data.loss.read_loss` reads."""
@@ -46,3 +54,7 @@ class Objective:
 
     def _plain(self, model: nn.Module, batch: Any) -> Loss:
         return read_loss(self._compute_loss(model, batch))
+
+
+def _copy(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
