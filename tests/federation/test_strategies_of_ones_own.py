@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from tests.federation.runs import FedNova
 from tests.federation.test_trainer import arguments, slow_turn, toy
 from tests.zoo import adapted, mlp
 
+import fedpara_peft
 from fedpara_peft import (
     ArgumentsError,
     FedAvg,
@@ -20,7 +22,9 @@ from fedpara_peft import (
     partition,
     plan,
 )
+from fedpara_peft.cli.main import build_parser
 from fedpara_peft.federation.server.sampling import sample_cohort
+from fedpara_peft.federation.strategies import STRATEGIES, as_strategy
 from fedpara_peft.federation.strategies.base import advance, moment
 
 PRIVATE = {"clip_update_norm": 1.0, "dp_noise_multiplier": 1.0}
@@ -261,3 +265,22 @@ def test_single_updates_have_no_noise_so_they_are_refused_with_it(tmp_path):
     args = arguments(tmp_path, **PRIVATE)
     with pytest.raises(ArgumentsError, match=says):
         plan(mlp(norm=False), args, 5, Krum())
+
+
+def test_names_of_strategies_are_written_once():
+    """The command line and errors derive from the registry; all are public, and in the docs."""
+    page = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
+    choices = subcommand("plan")["--strategy"].choices
+    assert list(choices) == [name.lower() for name in STRATEGIES]
+    for name, strategy in STRATEGIES.items():
+        assert getattr(fedpara_peft, name) is strategy
+        assert f"| `{name}`" in page
+        assert type(as_strategy(name.lower())) is strategy
+    with pytest.raises(ArgumentsError, match=", ".join(STRATEGIES)):
+        as_strategy("fedsgd")
+
+
+def subcommand(name):
+    parser = build_parser()
+    (commands,) = (a for a in parser._actions if a.choices and name in a.choices)
+    return commands.choices[name]._option_string_actions
