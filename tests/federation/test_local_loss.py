@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tests.federation.test_trainer import arguments, toy
-from tests.zoo import adapted, mlp
+from tests.zoo import adapted, mlp, randomize
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -98,11 +98,11 @@ class Proximal(Strategy):
 # Twins, without anything of the package but its derived randomness.
 
 
-def by_hand(run, gradients):
+def by_hand(run, gradients, build):
     """FedAvg over clients whose gradients are given; the global state and mean losses."""
     args, data = run.args, run.population.train
     sizes = [len(d) for d in data]
-    state = {n: t.clone() for n, t in mlp(norm=False).state_dict().items()}
+    state = {n: t.clone() for n, t in build().state_dict().items()}
     kept, losses = {}, []
     for number in range(args.num_rounds):
         cohort = sample_cohort(sizes, args.clients_per_round, args.seed, number)
@@ -110,7 +110,7 @@ def by_hand(run, gradients):
         mean = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in state.items()}
         spent = 0.0
         for i in cohort:
-            model, w_t = mlp(norm=False), mlp(norm=False)
+            model, w_t = build(), build()
             model.load_state_dict(state)
             w_t.load_state_dict(state)
             spent += train_by_hand(run, number, i, model, w_t, kept.get(i, w_t), gradients)
@@ -164,17 +164,21 @@ def of_moon(model, x, y, w_t, before):
     return loss.item()
 
 
+@pytest.mark.parametrize("kind", ["dense", "fedpara"])
 @pytest.mark.parametrize(
     ("strategy", "gradients"), [(FedSAM(), of_sam), (Moon(), of_moon)], ids=["SAM", "MOON"]
 )
-def test_an_objective_of_ones_own_against_its_twin(tmp_path, strategy, gradients):
-    run = trainer(tmp_path / "own", strategy)
+def test_an_objective_of_ones_own_against_its_twin(tmp_path, strategy, gradients, kind):
+    def build():
+        return mlp(norm=False) if kind == "dense" else randomize(adapted(mlp(norm=False)))
+
+    run = trainer(tmp_path / "own", strategy, build())
     history = run.train()
-    expected, losses = by_hand(run, gradients)
+    expected, losses = by_hand(run, gradients, build)
     for name, value in run.model.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=5e-6, rtol=1e-4, msg=name)
     assert [r.train_loss for r in history] == pytest.approx(losses, rel=1e-5)
-    plain = trainer(tmp_path / "plain", FedAvg())
+    plain = trainer(tmp_path / "plain", FedAvg(), build())
     plain.train()
     assert any(
         (t - plain.model.state_dict()[n]).abs().max() > 1e-3
@@ -208,6 +212,8 @@ def test_what_an_objective_keeps_is_there_when_the_run_is_resumed(tmp_path):
 
 
 def test_an_objective_of_ones_own_is_for_one_client_at_a_time(tmp_path):
+    with pytest.raises(ArgumentsError, match="Moon cannot have jacobian_correction: its local"):
+        trainer(tmp_path, Moon(), adapted(mlp(norm=False)), jacobian_correction=0.1)
     with pytest.raises(ArgumentsError, match="batched' is not possible: FedSAM has a local loss"):
         trainer(tmp_path, FedSAM(), engine="batched")
     run = trainer(tmp_path, FedSAM(), engine="auto")

@@ -24,7 +24,7 @@ from ..state import (
     RoundReport,
     ServerState,
 )
-from ..strategies import Strategy
+from ..strategies import Strategy, has_own_loss
 from .admission import checked, require_quorum
 from .channel import Channel, Layout
 from .cohort import Cohort
@@ -282,6 +282,8 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     obstacle = strategy.obstacle(args)
     if args.dp_noise_multiplier and strategy.sees_updates:
         obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"
+    if args.jacobian_correction and has_own_loss(strategy):
+        obstacle = "jacobian_correction: its local loss may ask for the model at several weights"
     if obstacle:
         raise ArgumentsError(
             f"{type(strategy).__name__} cannot have {obstacle}; change that, or take another "

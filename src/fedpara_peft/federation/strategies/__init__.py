@@ -9,7 +9,7 @@ from .feddyn import FedDyn
 from .fedprox import FedProx
 from .local_only import LocalOnly
 from .named import STRATEGIES, as_strategy
-from .objective import Objective
+from .objective import Objective, has_own_loss
 from .scaffold import Scaffold
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "Scaffold",
     "Strategy",
     "as_strategy",
+    "has_own_loss",
 ]

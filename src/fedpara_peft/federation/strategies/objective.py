@@ -29,8 +29,7 @@ class Objective:
     @property
     def owner(self) -> str | None:
         """The strategy's name, if the objective is its own; None: it is the run's loss."""
-        own = type(self._strategy).local_loss is not Strategy.local_loss
-        return type(self._strategy).__name__ if own else None
+        return type(self._strategy).__name__ if has_own_loss(self._strategy) else None
 
     def begin(self, broadcast: Broadcast, kept: Kept) -> None:
         """A client's turn begins.
@@ -54,6 +53,11 @@ class Objective:
 
     def _plain(self, model: nn.Module, batch: Any) -> Loss:
         return read_loss(self._compute_loss(model, batch))
+
+
+def has_own_loss(strategy: Strategy) -> bool:
+    """Whether a strategy's clients minimize something else than the run's loss."""
+    return type(strategy).local_loss is not Strategy.local_loss
 
 
 def _copy(state: State) -> State:
