@@ -19,7 +19,16 @@ from fedpara_peft import (
     partition,
     plan,
 )
-from fedpara_peft.comm.codecs import Cast, Chain, Quantize, TopK, codec_from_name, codec_names
+from fedpara_peft.comm.codecs import (
+    Cast,
+    Chain,
+    Quantize,
+    TopK,
+    codec_from_name,
+    codec_names,
+    named,
+    register,
+)
 from fedpara_peft.comm.schema import TensorSchema
 from fedpara_peft.testing import check_codec
 
@@ -119,6 +128,18 @@ def test_both_ways_take_a_codec_and_nothing_else(tmp_path):
         trainer(tmp_path, "identity", downlink_codec=TopK(0.5))
     with pytest.raises(CodecError, match=r"fraction in \(0, 1\], got 2"):
         TopK(2)
+
+
+def test_a_codec_of_ones_own_may_have_a_name(monkeypatch):
+    monkeypatch.setattr(named, "_PLAIN", dict(named._PLAIN))
+    with pytest.raises(CodecError, match="unknown codec 'signs': use identity, float16"):
+        codec_from_name("topk:0.2+signs")
+    register("signs", Signs())
+    assert str(codec_from_name("topk:0.2+signs")) == "topk:0.2+signs"
+    assert "signs" in codec_names(dense=True)
+    for name in ("sign", "signs+int8"):
+        with pytest.raises(CodecError, match="a name is the codec's own text"):
+            register(name, Signs())
 
 
 # What check_codec finds.

@@ -2,7 +2,7 @@
 
 from .base import Chain, Codec, Identity
 from .cast import Cast
-from .named import as_codec, codec_from_name, codec_names
+from .named import as_codec, codec_from_name, codec_names, register
 from .quantize import Quantize
 from .topk import TopK
 
@@ -16,4 +16,5 @@ __all__ = [
     "as_codec",
     "codec_from_name",
     "codec_names",
+    "register",
 ]

@@ -15,9 +15,17 @@ def register(name: str, codec: Codec | Callable[[str], Codec]) -> None:
     """Give a codec a name; a codec's file ends with it.
 
     Args:
-        name: such as ``"int8"``, or ``"topk:FRACTION"`` for one that takes a value.
+        name: its text, such as ``"int8"``, or ``"topk:FRACTION"`` for one that takes a value.
         codec: the codec, or what makes it of the value's text (a ValueError: it cannot).
+
+    Raises:
+        CodecError: a run would not know the codec by this name.
     """
+    if "+" in name or (isinstance(codec, Codec) and str(codec) != name):
+        raise CodecError(
+            f"codec {codec} cannot have the name {name!r}: a name is the codec's own text, "
+            "without '+', which joins several"
+        )
     if isinstance(codec, Codec):
         _PLAIN[name] = codec
     else:
