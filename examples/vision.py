@@ -21,12 +21,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset, random_split
 from transformers import HfArgumentParser
 
-import fedpara_peft
 from fedpara_peft import FederatedArguments, FederatedTrainer, FedParaConfig, accuracy, partition
+from fedpara_peft.federation.strategies import STRATEGIES
 
 METHODS = ["fedpara", "lowrank", "dense"]
-STRATEGIES = ["FedAvg", "FedAvgM", "FedProx", "Scaffold", "FedDyn", "FedAdam", "FedYogi",
-              "FedAdagrad"]  # fmt: skip
 
 
 @dataclass
@@ -48,7 +46,7 @@ class VisionArguments:
         default=0.1, metadata={"help": "Rank ratio; low-rank takes the rank of equal size."}
     )
     width: float = field(default=1.0, metadata={"help": "Factor on all channels, for CPUs."})
-    strategy: str = field(default="FedAvg", metadata={"choices": STRATEGIES})
+    strategy: str = field(default="FedAvg", metadata={"choices": list(STRATEGIES)})
     strategy_args: str = field(
         default="{}", metadata={"help": """The strategy's settings as JSON: '{"mu": 0.1}'."""}
     )
@@ -141,7 +139,7 @@ def run(name: str, build: Callable[[int, float], nn.Module]) -> None:
     model = build(int(train.tensors[1].max()) + 1, vision.width)
     dense = trained(model)
     model = factorize(model, vision.method, vision.gamma)
-    strategy = getattr(fedpara_peft, vision.strategy)(**json.loads(vision.strategy_args))
+    strategy = STRATEGIES[vision.strategy](**json.loads(vision.strategy_args))
     trainer = FederatedTrainer(
         model, args, clients, test, compute_loss=loss, compute_metrics=accuracy, strategy=strategy
     )

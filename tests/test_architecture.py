@@ -7,7 +7,15 @@ from pathlib import Path
 import fedpara_peft
 
 ROOT = Path(fedpara_peft.__file__).parent
-LAYERS = {"maths": 0, "tuner": 1, "comm": 2, "federation": 3, "integrations": 4, "cli": 5}
+LAYERS = {
+    "maths": 0,
+    "tuner": 1,
+    "comm": 2,
+    "federation": 3,
+    "testing": 3,
+    "integrations": 4,
+    "cli": 5,
+}
 
 
 def modules():

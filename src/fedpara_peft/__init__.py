@@ -3,6 +3,7 @@
 Importing this package registers the method with PEFT.
 """
 
+from .comm.codecs import Codec
 from .comm.errors import CodecError, PayloadError, StateError
 from .comm.state import (
     communicated_state,
@@ -71,6 +72,7 @@ __all__ = [
     "ArgumentsError",
     "CheckpointError",
     "ClientDataError",
+    "Codec",
     "CodecError",
     "ConfigError",
     "ConversionError",

@@ -5,7 +5,9 @@ client's own, and what its codec has lost so far.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import get_peft_model
@@ -27,9 +29,28 @@ from fedpara_peft import (
     FedYogi,
     LocalOnly,
     Scaffold,
+    Strategy,
     accuracy,
     partition,
 )
+from fedpara_peft.federation.strategies.base import advance
+
+
+@dataclass(frozen=True)
+class FedNova(Strategy):
+    """Updates by their steps' weight: Δ = (Σ pᵢ τᵢ) Σ pᵢ Δᵢ / τᵢ (arXiv:2007.07481, eq. 6)."""
+
+    sees_updates: ClassVar[bool] = True
+
+    def server_step(self, server, mean):
+        shares = list(zip(mean.weights, mean.updates, strict=True))
+        effective = sum(p * u.steps.weight for p, u in shares)
+        step = {
+            n: effective * sum(p / u.steps.weight * u.update[n] for p, u in shares)
+            for n in mean.update
+        }
+        return advance(server, step)
+
 
 STRATEGIES = {
     "FedAvg": FedAvg(),
@@ -42,6 +63,8 @@ STRATEGIES = {
     "FedAdagrad": FedAdagrad(),
     "LocalOnly": LocalOnly(),
 }
+#: One of one's own, which sees single updates and how they were trained.
+OWN = {"FedNova": FedNova()}
 #: What else a run may be.
 VARIANTS = {
     "codec": {
@@ -99,8 +122,8 @@ def run(folder, strategy, parameterization, rounds, variant=None):
         client_store="disk" if parameterization == "fedpara" else "auto", **changes,
     )  # fmt: skip
     trainer = FederatedTrainer(
-        model, args, clients, data, compute_metrics=accuracy, strategy=STRATEGIES[strategy],
-        client_eval_dataset=clients, callbacks=[Tells()],
+        model, args, clients, data, compute_metrics=accuracy,
+        strategy={**STRATEGIES, **OWN}[strategy], client_eval_dataset=clients, callbacks=[Tells()],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
     if not trainer.accelerator.is_main_process:

@@ -33,7 +33,9 @@ def run(processes, script, *arguments):
 
 
 @pytest.mark.parametrize(
-    "case", [("Scaffold", "pfedpara", 6, "codec"), ("FedAdam", "dense", 6)], ids=str
+    "case",
+    [("Scaffold", "pfedpara", 6, "codec"), ("FedAdam", "dense", 6), ("FedNova", "fedpara", 4)],
+    ids=str,
 )
 def test_two_processes_are_one(tmp_path, case):
     for processes in (1, 2):

@@ -7,7 +7,15 @@ import torch
 from tests.federation.test_trainer import arguments, toy
 from tests.zoo import Net, adapted, mlp, net_inputs, randomize
 
-from fedpara_peft import ArgumentsError, FedAdam, FederatedTrainer, FedProx, Scaffold, partition
+from fedpara_peft import (
+    ArgumentsError,
+    FedAdam,
+    FedAvg,
+    FederatedTrainer,
+    FedProx,
+    Scaffold,
+    partition,
+)
 from fedpara_peft.federation.server.schedule import factor_blocks, resting_factors
 
 
@@ -56,28 +64,30 @@ def test_the_measured_bias(tmp_path):
 def test_one_block_a_round_is_exact(tmp_path, parameterization, strategy):
     model = adapted(mlp(norm=False), parameterization=parameterization)
     blocks = 4 if parameterization == "fedpara" else 2
-    one = trainer(tmp_path, model, strategy, factor_schedule="one_block", num_rounds=2 * blocks)
-    products = factor_blocks(model)
-    assert {len(p) for p in products} == {blocks}
+    strategy = strategy or FedAvg()
     seen = []
-    step = one.strategy.server_step
 
-    class Watch(type(one.strategy)):
+    class Watch(type(strategy)):
         def server_step(self, server, mean):
             seen.append(set(mean.update))
-            return step(server, mean)
+            return super().server_step(server, mean)
 
-    one.strategy = Watch(**vars(one.strategy))
+    one = trainer(
+        tmp_path, model, Watch(**vars(strategy)), factor_schedule="one_block", num_rounds=2 * blocks
+    )
+    products = factor_blocks(model)
+    assert {len(p) for p in products} == {blocks}
     history = one.train()
     assert all(r.averaging_bias < 1e-5 for r in history)
     factors = {name for p in products for name in p}
+    assert len(seen) == 2 * blocks
     for number, names in enumerate(seen):
         changed = names & factors
         assert changed == factors - resting_factors(products, number)
         assert len(changed) == len(products)
     # The upload: the factors' share in turn, everything else always.
     every = adapted(mlp(norm=False), parameterization=parameterization)
-    always = trainer(tmp_path / "all", every, type(one.strategy).__base__())
+    always = trainer(tmp_path / "all", every, type(strategy)())
     whole = always.train()
     sizes = {r.uplink_bytes for r in history}
     assert max(sizes) < whole[0].uplink_bytes

@@ -37,6 +37,9 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from tests.comm.test_codec_of_ones_own import Signs
+from tests.federation.runs import FedNova
+from tests.federation.test_local_loss import Moon
 from tests.integrations import flower_task as task
 
 from fedpara_peft.integrations.flower import client_app, server_app
@@ -175,6 +178,9 @@ def assert_same_clients(tmp_path, trainer):
         (FedAvg(), {"uplink_codec": "int8", "error_feedback": True}),
         (FedAvg(), {"downlink_codec": "float16", "error_feedback": True}),
         (LocalOnly(), {}),
+        (FedNova(), INT8),
+        (Moon(), {"clients_per_round": 2}),
+        (FedAvg(), {"uplink_codec": Signs(), "error_feedback": True}),
     ],
 )
 def test_the_result_is_the_simulations(tmp_path, strategy, more):
@@ -223,6 +229,7 @@ FAULTS = {
     "empty": (lambda r: with_payload(r, lambda data: b""), "length"),
     "examples": (with_metric("num_examples", 0), "malformed"),
     "loss": (with_metric("train_loss", float("nan")), "malformed"),
+    "steps": (with_metric("steps", [0.0, 0.1]), "malformed"),
     "records": (without_records, "malformed"),
 }
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 
+from ..comm.codecs import codec_names
 from ..comm.ledger import PAPER_MEGABITS_PER_S
-from ..federation import strategies
 from ..federation.arguments import FederatedArguments
 from ..federation.server.plan import Plan, plan
+from ..federation.strategies import STRATEGIES
 from ..maths.parameterizations import PARAMETERIZATIONS
 from ..tuner.config import FedParaConfig
 from ..tuner.summary import fedpara_summary
@@ -20,17 +20,7 @@ from .arguments import duration, in_units, new_parser
 from .errors import CommandError
 from .hub import empty_model, load_model_config
 
-_STRATEGIES: dict[str, Callable[[], strategies.Strategy]] = {
-    "fedavg": strategies.FedAvg,
-    "fedavgm": strategies.FedAvgM,
-    "fedprox": strategies.FedProx,
-    "scaffold": strategies.Scaffold,
-    "feddyn": strategies.FedDyn,
-    "fedadam": strategies.FedAdam,
-    "fedyogi": strategies.FedYogi,
-    "fedadagrad": strategies.FedAdagrad,
-    "localonly": strategies.LocalOnly,
-}
+_STRATEGIES = {name.lower(): strategy for name, strategy in STRATEGIES.items()}
 
 _EXAMPLES = """\
 examples:
@@ -76,7 +66,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--uplink-codec", default="identity", metavar="CODEC",
-        help="identity, float16, bfloat16, int8, int4, topk:FRACTION, or joined by '+'",
+        help=f"{', '.join(codec_names())}, or several joined by '+'",
     )  # fmt: skip
     parser.add_argument(
         "--downlink-codec", default="identity", metavar="CODEC", help="likewise, but topk"

@@ -106,7 +106,7 @@ class Format:
 
     def __post_init__(self) -> None:
         for name, entry in self.schema.items():
-            if entry.real.dtype not in _NAMES:
+            if not is_carried(entry.real.dtype):
                 raise CodecError(
                     f"{name} is {entry.dtype}, which no payload carries: convert it, or register "
                     "the buffer with persistent=False, so that it stays where it is"
@@ -295,6 +295,11 @@ class Format:
                 )
             if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
                 raise PayloadError("malformed", f"{self._shown(name)} holds what is no truth value")
+
+
+def is_carried(dtype: torch.dtype) -> bool:
+    """Whether payloads can hold tensors of a dtype."""
+    return dtype in _NAMES
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -9,9 +9,16 @@ import os
 import types
 import typing
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..comm.codecs import Codec, codec_names
 from .errors import ArgumentsError
+
+# On a command line a codec has a name; HfArgumentParser reads one type an argument.
+if TYPE_CHECKING:
+    CodecOrName = Codec | str
+else:
+    CodecOrName = str
 
 _CHOICES = {
     "client_sampling": ("uniform", "weighted"),
@@ -35,6 +42,7 @@ _INTERVALS = {
     "[0, 1)": ("drop_out_probability", "momentum"),
     "(0, 1)": ("dp_delta",),
 }  # fmt: skip
+_CODECS = ("uplink_codec", "downlink_codec")
 #: What None means, where it is more than «the default».
 _NONE = {
     "max_update_norm": "None: unlimited",
@@ -126,14 +134,14 @@ class FederatedArguments:
         default=False,
         metadata={"help": "Measure the error of averaging factors instead of weights."},
     )
-    uplink_codec: str = field(
+    uplink_codec: CodecOrName = field(
         default="identity",
         metadata={
-            "help": "How updates travel: identity, float16, bfloat16, int8, int4, topk:FRACTION, "
-            "or several joined by '+', such as topk:0.1+int8."
+            "help": f"How updates travel: {', '.join(codec_names())}, or several joined by '+', "
+            "such as topk:0.1+int8; in Python also a Codec."
         },
     )
-    downlink_codec: str = field(
+    downlink_codec: CodecOrName = field(
         default="identity", metadata={"help": "How the global state travels; likewise, but topk."}
     )
     error_feedback: bool = field(
@@ -255,8 +263,14 @@ class FederatedArguments:
             if not optional or typing.get_origin(hints[name]) is list:
                 kind = hints[name]
             value = getattr(self, name)
-            if not (value is None and optional):
+            as_it_is = isinstance(value, Codec) and name in _CODECS
+            if not (value is None and optional) and not as_it_is:
                 setattr(self, name, _as_type(name, value, kind, optional))
+
+    def described(self) -> dict[str, Any]:
+        """All settings as JSON has them: a codec by its text."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {n: str(v) if isinstance(v, Codec) else v for n, v in values.items()}
 
     def cohort_size(self, population: int) -> int:
         """Clients sampled each round: at least one, all of them by default."""
@@ -291,7 +305,7 @@ def _as_type(name: str, value: Any, kind: Any, optional: bool) -> Any:
     plain = typing.get_origin(kind) or kind
     if type(found) is not plain:
         shown = "a list of str" if plain is list else f"of type {plain.__name__}"
-        or_none = " or None" if optional else ""
+        or_none = " or None" if optional else " or a Codec" if name in _CODECS else ""
         raise ArgumentsError(
             f"{name} must be {shown}{or_none}, got {value!r:.80} ({type(value).__name__})"
         )

@@ -108,7 +108,7 @@ class Processes:
         sent = outcome.update
         try:
             update = self._rounds.received(
-                opened, outcome.client, payload, sent.num_examples, sent.train_loss
+                opened, outcome.client, payload, sent.num_examples, sent.train_loss, sent.steps
             )
         except PayloadError as error:
             refused = Refused(outcome.client, error.reason, str(error))

@@ -85,6 +85,26 @@ class ClientState:
 
 
 @dataclass(frozen=True)
+class LocalSteps:
+    """How a client trained.
+
+        w_t - y = η Σ_k a_k g_k
+
+    with g_k the gradients of its steps, corrected, and what weight decay adds to them. SGD has
+    a_k = 1; momentum β lets a gradient act on later steps, too, and a clipped gradient counts less.
+
+    Attributes:
+        count: its optimizer steps K.
+        learning_rate: their learning rate η.
+        weight: Σ_k a_k, K for plain SGD; None if its optimizer's steps are no such sum.
+    """
+
+    count: int
+    learning_rate: float
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """What a client sends.
 
@@ -95,6 +115,7 @@ class ClientUpdate:
         train_loss: mean loss over its local steps.
         extra: what the strategy sends beside it, by name.
         buffers: the buffers as they are, for not all of them have a difference.
+        steps: how it trained; None where the strategy does not ask for it.
     """
 
     client: int
@@ -103,6 +124,7 @@ class ClientUpdate:
     train_loss: float
     extra: Mapping[str, State] = field(default_factory=dict)
     buffers: State = field(default_factory=dict)
+    steps: LocalSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -157,11 +179,16 @@ class CohortMean:
         update: mean update Δ of the parameters.
         extra: means of what the strategy sends beside it.
         share: clients whose updates it is of, of the population; with noise those expected.
+        updates: the single updates in client order, as the server uses them: decoded and clipped;
+            for strategies with ``sees_updates``, of the others empty.
+        weights: what each of them weighs in the mean, 1 together.
     """
 
     update: State
     extra: Mapping[str, State] = field(default_factory=dict)
     share: float = 1.0
+    updates: tuple[ClientUpdate, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ class Codec(ABC):
     A codec transforms floating-point tensors; integers (which positions a codec before it kept)
     pass through. What it sends has a length that follows from the schema alone. What must not be
     changed, buffers above all, never comes to it (see :class:`~..payload.Format`).
+
+    One of your own is given to ``uplink_codec`` or ``downlink_codec`` as it is. A run is known by
+    its text (``str``), which is in settings, checkpoints and every payload; another text is another
+    codec. :func:`~fedpara_peft.testing.check_codec` tries all that is said here.
     """
 
     @property
@@ -24,9 +29,25 @@ class Codec(ABC):
         """Whether every entry survives in some form; else it suits updates but not weights."""
         return True
 
+    @property
+    def lossless(self) -> bool:
+        """Whether what comes back is what was sent, bit for bit.
+
+        Then nothing need be encoded in a simulation, and there is no loss to make up for.
+        """
+        return False
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """The largest ‖x̂ - x‖ that sending a tensor x may cost, rounding in its dtype left out.
+
+        By default ‖x‖, which is what sending nothing costs: whatever loses more had better not be
+        sent at all.
+        """
+        return float(tensor.double().norm())
+
     @abstractmethod
     def wire(self, name: str, entry: TensorSchema) -> Schema:
-        """The tensors that a floating-point tensor is sent as, names starting with its own."""
+        """The tensors that a floating-point tensor is sent as: ``name``, or ``name.<part>``."""
 
     @abstractmethod
     def encode(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> State:
@@ -34,8 +55,8 @@ class Codec(ABC):
 
         Args:
             name: the tensor's.
-            tensor: on the CPU.
-            generator: for stochastic codecs; derived from round and client.
+            tensor: on the CPU; not to be changed.
+            generator: all randomness there is; derived from round and client.
         """
 
     @abstractmethod
@@ -47,7 +68,8 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def __str__(self) -> str: ...
+    def __str__(self) -> str:
+        """The same for the same codec in every process, another for another."""
 
     # Whole states.
 
@@ -82,6 +104,15 @@ class Codec(ABC):
 class Identity(Codec):
     """Tensors as they are."""
 
+    @property
+    def lossless(self) -> bool:
+        """See :class:`Codec`."""
+        return True
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """See :class:`Codec`."""
+        return 0.0
+
     def wire(self, name: str, entry: TensorSchema) -> Schema:
         """See :class:`Codec`."""
         return {name: entry}
@@ -112,6 +143,21 @@ class Chain(Codec):
     def dense(self) -> bool:
         """See :class:`Codec`."""
         return all(codec.dense for codec in self.codecs)
+
+    @property
+    def lossless(self) -> bool:
+        """See :class:`Codec`."""
+        return all(codec.lossless for codec in self.codecs)
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """What each loses of what the ones before it send, where decoding does not enlarge it."""
+        wire: State = {"x": tensor}
+        found = 0.0
+        for codec in self.codecs:
+            floats = [part for part in wire.values() if part.is_floating_point()]
+            found += math.hypot(*map(codec.error, floats))
+            wire = codec.encode_state(wire, torch.Generator())
+        return found
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:
         """See :class:`Codec`."""

@@ -9,6 +9,7 @@ import torch
 from ..schema import Schema, TensorSchema
 from ..state import State
 from .base import Codec
+from .named import register
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Cast(Codec):
     """
 
     dtype: torch.dtype
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """See :class:`Codec`; numbers below the normal range lose up to half of the smallest."""
+        info = torch.finfo(self.dtype)
+        bound = tensor.double().abs() * (info.eps / 2)
+        return float(bound.clamp_min(info.smallest_normal * info.eps / 2).norm())
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:
         """See :class:`Codec`."""
@@ -37,3 +44,7 @@ class Cast(Codec):
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+
+register("float16", Cast(torch.float16))
+register("bfloat16", Cast(torch.bfloat16))

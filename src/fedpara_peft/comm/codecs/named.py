@@ -1,22 +1,46 @@
-"""Codecs by name, as arguments and payloads give them."""
+"""Codecs by name, as arguments, the command line and payloads give them."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
 from ..errors import CodecError
 from .base import Chain, Codec, Identity
-from .cast import Cast
-from .quantize import Quantize
-from .topk import TopK
 
-_PLAIN: dict[str, Codec] = {
-    "identity": Identity(),
-    "float16": Cast(torch.float16),
-    "bfloat16": Cast(torch.bfloat16),
-    "int8": Quantize(8),
-    "int4": Quantize(4),
-}
+_PLAIN: dict[str, Codec] = {}
+_MADE: dict[str, tuple[str, Callable[[str], Codec]]] = {}
+
+
+def register(name: str, codec: Codec | Callable[[str], Codec]) -> None:
+    """Give a codec a name; a codec's file ends with it.
+
+    Args:
+        name: its text, such as ``"int8"``, or ``"topk:FRACTION"`` for one that takes a value.
+        codec: the codec, or what makes it of the value's text (a ValueError: it cannot).
+
+    Raises:
+        CodecError: a run would not know the codec by this name.
+    """
+    if "+" in name or (isinstance(codec, Codec) and str(codec) != name):
+        raise CodecError(
+            f"codec {codec} cannot have the name {name!r}: a name is the codec's own text, "
+            "without '+', which joins several"
+        )
+    if isinstance(codec, Codec):
+        _PLAIN[name] = codec
+    else:
+        _MADE[name.partition(":")[0]] = (name, codec)
+
+
+def codec_names(*, dense: bool = False) -> list[str]:
+    """All names, as an error or a help text shows them.
+
+    Args:
+        dense: those alone that suit the global state, too.
+    """
+    if dense:
+        return [name for name, codec in _PLAIN.items() if codec.dense]
+    return [*_PLAIN, *(name for name, _ in _MADE.values())]
 
 
 def codec_from_name(name: str) -> Codec:
@@ -29,17 +53,28 @@ def codec_from_name(name: str) -> Codec:
     return codecs[0] if len(codecs) == 1 else Chain(*codecs)
 
 
+def as_codec(given: Codec | str) -> Codec:
+    """A codec from itself or its name.
+
+    Raises:
+        CodecError: there is none of this name.
+    """
+    return given if isinstance(given, Codec) else codec_from_name(given)
+
+
 def _single(name: str) -> Codec:
     if name in _PLAIN:
         return _PLAIN[name]
     kind, _, value = name.partition(":")
-    try:
-        fraction = float(value)
-    except ValueError:
-        fraction = 0.0
-    if kind == "topk" and 0 < fraction <= 1:
-        return TopK(fraction)
+    if kind in _MADE:
+        try:
+            return _MADE[kind][1](value)
+        except ValueError:  # CodecErrors are, too
+            pass
     raise CodecError(
-        f"unknown codec {name!r}: use {', '.join(_PLAIN)} or topk:FRACTION with a fraction in "
-        "(0, 1], or several joined by '+'"
+        f"unknown codec {name!r}: use {', '.join(codec_names())}, or several joined by '+'; one of "
+        "your own is given as a Codec"
     )
+
+
+register("identity", Identity())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from ..errors import PayloadError
 from ..schema import Schema, TensorSchema
 from ..state import State
 from .base import Codec
+from .named import register
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Quantize(Codec):
     def levels(self) -> int:
         """s, the largest code: codes are -s to s."""
         return 2 ** (self.bits - 1) - 1
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """See :class:`Codec`."""
+        c = float(tensor.abs().max()) if tensor.numel() else 0.0
+        return c / self.levels * math.sqrt(tensor.numel())
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:
         """See :class:`Codec`."""
@@ -75,3 +82,7 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(data: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack([data & 15, data >> 4], 1).reshape(-1)[:count]
+
+
+register("int8", Quantize(8))
+register("int4", Quantize(4))

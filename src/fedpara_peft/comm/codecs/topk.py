@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import PayloadError
+from ..errors import CodecError, PayloadError
 from ..schema import Schema, TensorSchema
 from ..state import State
 from .base import Codec
+from .named import register
 
 _BITS = 1 << torch.arange(8)
 
@@ -25,14 +26,26 @@ class TopK(Codec):
 
     Attributes:
         fraction: of the entries, in (0, 1].
+
+    Raises:
+        CodecError: it is not.
     """
 
     fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise CodecError(f"topk needs a fraction in (0, 1], got {self.fraction}")
 
     @property
     def dense(self) -> bool:
         """See :class:`Codec`."""
         return False
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """See :class:`Codec`."""
+        left = tensor.numel() - self._count(tensor.numel())
+        return float(tensor.double().norm()) * math.sqrt(left / max(1, tensor.numel()))
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:
         """See :class:`Codec`."""
@@ -79,3 +92,6 @@ class TopK(Codec):
 
 def _as_mask(k: int, numel: int) -> bool:
     return 32 * k > numel
+
+
+register("topk:FRACTION", lambda fraction: TopK(float(fraction)))

@@ -26,7 +26,7 @@ from ..errors import ArgumentsError, ClientDataError, about
 from ..precision import Precision
 from ..random import derived_seed, seeded, torch_generator
 from ..state import Broadcast, ClientState, ClientUpdate
-from ..strategies import Correction, LocalSteps, Strategy
+from ..strategies import Correction, LocalSteps, Objective, Strategy
 from .sgd import SGD, Corrector
 from .step_weights import StepWeights, clip_scale
 
@@ -97,6 +97,7 @@ class LocalTrainer:
         buffers: names in ``shared`` that are buffers.
         first_local: the local tensors of a client that never trained.
         parameters: the trainable parameters, live.
+        objective: what clients minimize.
 
     Raises:
         ArgumentsError: the model has no trainable parameters, or none of the needed scope.
@@ -116,7 +117,7 @@ class LocalTrainer:
         self._args = args
         self._accelerator = accelerator
         self._strategy = strategy
-        self._compute_loss = compute_loss
+        self.objective = Objective(strategy, compute_loss)
         self.collator = collator
         self._names = names
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -196,6 +197,7 @@ class LocalTrainer:
         """
         turn = self.begin(client, round, broadcast, state, resting)
         self.load(broadcast.params, state)
+        self.objective.begin(turn.seen, turn.kept)
         with about(self.name(client)):
             examples = count_rows(dataset)
             loss, steps = self._steps(turn, dataset)
@@ -242,7 +244,8 @@ class LocalTrainer:
         change = _difference([shared[n] for n in names], [start[n] for n in names])
         update = dict(zip(names, change, strict=True))
         buffers = {n: shared[n].clone() for n in start if n in self.buffers}
-        sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers)
+        told = steps if self._strategy.sees_updates else None
+        sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers, told)
         trained = Trained(turn, sent, steps, local)
         extra = self._strategy.client_extra(turn.seen, trained.active, update, steps)
         return replace(trained, update=replace(sent, extra=extra))
@@ -349,7 +352,7 @@ class LocalTrainer:
 
     def _forward(self, batch: Any) -> Loss:
         with self._precision.autocast():
-            return read_loss(self._compute_loss(self.model, batch))
+            return read_loss(self.objective(self.model, batch))
 
     def _tell_of_batch_norm(self) -> None:
         for name, module in self.model.named_modules():

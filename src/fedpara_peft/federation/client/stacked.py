@@ -79,6 +79,8 @@ class BatchedTrainer:
     def obstacle(self) -> str | None:
         """What keeps this model or run from being stacked; None if nothing does."""
         args, model = self._args, self._local.model
+        if owner := self._local.objective.owner:
+            return f"{owner} has a local loss of its own, which is for one client at a time"
         if self._local.collator is not None:
             return "a data_collator makes each client's batches from its rows"
         if persistent_buffers(model):

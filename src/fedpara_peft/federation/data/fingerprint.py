@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def settings_facts(args: FederatedArguments, strategy: Strategy) -> dict[str, Any]:
     """Arguments and strategy, by name."""
     own = {name: _ADDRESS.sub("", repr(value)) for name, value in sorted(vars(strategy).items())}
-    return {**asdict(args), "strategy": [type(strategy).__name__, own]}
+    return {**args.described(), "strategy": [type(strategy).__name__, own]}
 
 
 def model_facts(state: State) -> dict[str, Any]:

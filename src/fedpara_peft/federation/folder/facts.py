@@ -19,8 +19,9 @@ def training_facts(
         "strategy": type(strategy).__name__,
         "sent": f"{(up + down) / 1e6:,.2f} MB ({up / 1e6:,.2f} up, {down / 1e6:,.2f} down)",
     }
-    if (args.uplink_codec, args.downlink_codec) != ("identity", "identity"):
-        facts["codecs"] = f"{args.uplink_codec} up, {args.downlink_codec} down"
+    up_codec, down_codec = str(args.uplink_codec), str(args.downlink_codec)
+    if (up_codec, down_codec) != ("identity", "identity"):
+        facts["codecs"] = f"{up_codec} up, {down_codec} down"
     evaluated = next((report for report in reversed(history.rounds) if report.metrics), None)
     if evaluated is not None:
         for name, value in evaluated.metrics.items():

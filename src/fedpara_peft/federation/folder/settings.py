@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def versions() -> dict[str, str]:
 
 def published(args: FederatedArguments) -> dict[str, Any]:
     """The arguments that others may read: who knows the noise's seed can take the noise away."""
-    return {name: value for name, value in asdict(args).items() if name != "dp_noise_seed"}
+    return {name: value for name, value in args.described().items() if name != "dp_noise_seed"}
 
 
 def describe_run(

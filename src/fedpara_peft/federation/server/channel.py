@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ...comm.codecs import Identity, codec_from_name
+from ...comm.codecs import as_codec, codec_names
 from ...comm.errors import CodecError
 from ...comm.feedback import encode_with_feedback
 from ...comm.ledger import Direction
@@ -98,7 +98,7 @@ class Upload:
 class Channel:
     """Sends states through the codecs of a run.
 
-    With the identity codec nothing need be encoded: what arrives is what was sent, and a payload's
+    With a lossless codec nothing need be encoded: what arrives is what was sent, and a payload's
     length follows from its schema.
 
     Error feedback makes up for what the downlink's codec loses of anything, and for what the
@@ -118,13 +118,13 @@ class Channel:
         self._seed = args.seed
         self._feedback = args.error_feedback
         self._codecs = {
-            "uplink": codec_from_name(args.uplink_codec),
-            "downlink": codec_from_name(args.downlink_codec),
+            "uplink": as_codec(args.uplink_codec),
+            "downlink": as_codec(args.downlink_codec),
         }
         if not self._codecs["downlink"].dense:
             raise CodecError(
-                f"downlink_codec={args.downlink_codec!r} drops entries of the weights themselves: "
-                "use float16, bfloat16, int8 or int4"
+                f"downlink_codec={str(args.downlink_codec)!r} drops entries of the weights "
+                f"themselves: use {', '.join(codec_names(dense=True))}"
             )
         self._strategy = type(strategy).__name__
         self._groups: dict[str, tuple[str, ...]] = {
@@ -177,7 +177,7 @@ class Channel:
         layout = self.layout("downlink", server, resting)
         self._require_declared("downlink", extra, {n: server.params[n] for n in layout.trained})
         form = layout.form
-        if not form.schema or (isinstance(form.codec, Identity) and not encode):
+        if not form.schema or (form.codec.lossless and not encode):
             return Sent(Broadcast(server.params, extra), server, form.size, None)
         feedback = self._feeds_back(form)
         generator = torch_generator(self._seed, server.round, "downlink codec")
@@ -213,7 +213,7 @@ class Channel:
         self._require_declared("uplink", update.extra, update.update)
         layout = self._of(update)
         form = layout.form
-        if not form.schema or (isinstance(form.codec, Identity) and not encode):
+        if not form.schema or (form.codec.lossless and not encode):
             return Upload(update, residual, None)
         require_finite(update)
         tensors = {**update.update, **update.buffers}
@@ -286,5 +286,5 @@ class Channel:
                 )
 
     def _feeds_back(self, form: Format) -> bool:
-        """Whether a codec may lose something; the identity has nothing to make up for."""
-        return self._feedback and not isinstance(form.codec, Identity)
+        """Whether a codec may lose something that is to be made up for."""
+        return self._feedback and not form.codec.lossless

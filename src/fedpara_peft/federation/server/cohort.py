@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from ...comm.state import State, join_groups, split_groups
@@ -17,6 +18,7 @@ class Cohort:
         buffers: likewise of the buffers.
         groups: what the strategy sends beside an update, each group with its names.
         aggregate: how several states become one.
+        keep: whether the single updates are kept until the end, beside what they are summed to.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class Cohort:
         buffers: State,
         groups: Sequence[str],
         aggregate: Callable[[State], Aggregate],
+        keep: bool = False,
     ) -> None:
         self._updates = aggregate(like)
         self._buffers = aggregate(buffers)
@@ -32,6 +35,8 @@ class Cohort:
         self._groups = groups
         self._examples = 0
         self._loss = 0.0
+        self._keep = keep
+        self._kept: list[tuple[ClientUpdate, float]] = []
         self.count = 0
         self.refused: list[Refused] = []
 
@@ -43,13 +48,22 @@ class Cohort:
         self._loss += update.train_loss * update.num_examples
         self._examples += update.num_examples
         self.count += 1
+        if self._keep:
+            self._kept.append((dataclasses.replace(update, buffers={}), weight))
 
     def mean(self, population: int) -> CohortMean:
         """The means, and the share of the population that they are of."""
         extra: dict[str, State] = {group: {} for group in self._groups} | split_groups(
             self._extra.result()
         )
-        return CohortMean(self._updates.result(), extra, self.count / population)
+        total = sum(weight for _, weight in self._kept)
+        return CohortMean(
+            self._updates.result(),
+            extra,
+            self.count / population,
+            tuple(update for update, _ in self._kept),
+            tuple(weight / total for _, weight in self._kept),
+        )
 
     def buffers(self) -> State:
         """The means of the buffers; empty if no update was used."""

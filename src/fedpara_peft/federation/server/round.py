@@ -15,8 +15,16 @@ from ...comm.payload import Payload, PayloadSize
 from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
-from ..state import Broadcast, ClientUpdate, CohortMean, Refused, RoundReport, ServerState
-from ..strategies import Strategy
+from ..state import (
+    Broadcast,
+    ClientUpdate,
+    CohortMean,
+    LocalSteps,
+    Refused,
+    RoundReport,
+    ServerState,
+)
+from ..strategies import Strategy, has_own_loss
 from .admission import checked, require_quorum
 from .channel import Channel, Layout
 from .cohort import Cohort
@@ -140,11 +148,23 @@ class RoundServer:
             broadcast=sent.broadcast,
             size=sent.size,
             payload=sent.payload,
-            updates=Cohort(part.params, buffers, self._strategy.uplink, self._aggregate),
+            updates=Cohort(
+                part.params,
+                buffers,
+                self._strategy.uplink,
+                self._aggregate,
+                self._strategy.sees_updates,
+            ),
         )
 
     def received(
-        self, opened: OpenRound, client: int, payload: bytes, num_examples: int, train_loss: float
+        self,
+        opened: OpenRound,
+        client: int,
+        payload: bytes,
+        num_examples: int,
+        train_loss: float,
+        steps: LocalSteps | None = None,
     ) -> ClientUpdate:
         """What a client sent, decoded and admitted.
 
@@ -154,16 +174,19 @@ class RoundServer:
             payload: its update in bytes.
             num_examples: its examples, as it says.
             train_loss: likewise.
+            steps: likewise; only strategies that see single updates ask for it.
 
         Raises:
             PayloadError: it is not what was agreed on, or may not be used.
         """
         if num_examples < 1 or not math.isfinite(train_loss):
             raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
+        if self._strategy.sees_updates and steps is None:
+            raise PayloadError("malformed", "it does not say how many steps it made")
         form = opened.uplink.form
         found: State = form.decode(payload, opened.number) if form.schema else {}
         moved, buffers, beside = opened.uplink.parted(found, opened.server.params)
-        update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers)
+        update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers, steps)
         return checked(update, self._args)
 
     def weight(self, update: ClientUpdate) -> float:
@@ -256,7 +279,12 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     Raises:
         ArgumentsError: it is not.
     """
-    if obstacle := strategy.obstacle(args):
+    obstacle = strategy.obstacle(args)
+    if args.dp_noise_multiplier and strategy.sees_updates:
+        obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"
+    if args.jacobian_correction and has_own_loss(strategy):
+        obstacle = "jacobian_correction: its local loss may ask for the model at several weights"
+    if obstacle:
         raise ArgumentsError(
             f"{type(strategy).__name__} cannot have {obstacle}; change that, or take another "
             "strategy"

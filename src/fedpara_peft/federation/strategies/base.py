@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from ...comm.state import State
 from ..arguments import FederatedArguments
-from ..state import Broadcast, CohortMean, ServerState
+from ..data.loss import Loss
+from ..state import Broadcast, CohortMean, LocalSteps, ServerState
 
 #: Groups of states by name.
 Kept = Mapping[str, State]
@@ -31,26 +33,6 @@ class Correction:
     offset: State | None = None
 
 
-@dataclass(frozen=True)
-class LocalSteps:
-    """How a client trained.
-
-        w_t - y = η Σ_k a_k g_k
-
-    with g_k the gradients of its steps, corrected, and what weight decay adds to them. SGD has
-    a_k = 1; momentum β lets a gradient act on later steps, too, and a clipped gradient counts less.
-
-    Attributes:
-        count: its optimizer steps K.
-        learning_rate: their learning rate η.
-        weight: Σ_k a_k, K for plain SGD; None if its optimizer's steps are no such sum.
-    """
-
-    count: int
-    learning_rate: float
-    weight: float | None = None
-
-
 class Strategy:
     """A federated optimizer. A subclass overrides only what its paper changes.
 
@@ -67,6 +49,9 @@ class Strategy:
     #: shapes and dtypes of the parameters that train in the round.
     downlink: ClassVar[tuple[str, ...]] = ()
     uplink: ClassVar[tuple[str, ...]] = ()
+    #: Whether :meth:`server_step` is given the single updates beside their mean. The server then
+    #: holds them all until the round closes, and noise on the mean would protect none of them.
+    sees_updates: ClassVar[bool] = False
 
     def obstacle(self, args: FederatedArguments) -> str | None:
         """Which of these settings the strategy's algebra does not allow; None if all are fine."""
@@ -79,6 +64,32 @@ class Strategy:
     def correction(self, broadcast: Broadcast, kept: Kept) -> Correction | None:
         """Correct a client's gradients; ``kept`` is what the strategy keeps for this client."""
         return None
+
+    def local_loss(
+        self,
+        model: nn.Module,
+        batch: Any,
+        compute_loss: Callable[[nn.Module, Any], Loss],
+        broadcast: Broadcast,
+        kept: Kept,
+    ) -> Any:
+        """What a client minimizes, where that is more than the loss with a :class:`Correction`.
+
+        Clients whose strategy overrides it train one after the other. It is asked for each batch,
+        in the run's precision; its value is the ``train_loss`` that reports give.
+
+        Args:
+            model: as it is at this step, its parameters live.
+            batch: on the model's device.
+            compute_loss: the run's loss of a model and a batch. Of its three parts (mean, outputs,
+                terms) change the mean: ``found._replace(mean=found.mean + term)``.
+            broadcast: what the client received.
+            kept: what the strategy keeps for it.
+
+        Returns:
+            What ``compute_loss`` may return, too.
+        """
+        return compute_loss(model, batch)
 
     def client_extra(
         self, broadcast: Broadcast, kept: Kept, update: State, steps: LocalSteps

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
-from ..state import Broadcast, CohortMean, ServerState
-from .base import Correction, Kept, LocalSteps, Strategy, advance, moment, uneven_means
+from ..state import Broadcast, CohortMean, LocalSteps, ServerState
+from .base import Correction, Kept, Strategy, advance, moment, uneven_means
 
 
 @dataclass(frozen=True)

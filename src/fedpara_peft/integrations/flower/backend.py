@@ -17,7 +17,7 @@ from ...federation.arguments import FederatedArguments
 from ...federation.errors import AgreementError, ResumeError, RoundError
 from ...federation.folder.history import History
 from ...federation.server.round import OpenRound, RoundServer
-from ...federation.state import ClientUpdate, Outcome, Refused, RoundReport, ServerState
+from ...federation.state import ClientUpdate, LocalSteps, Outcome, Refused, RoundReport, ServerState
 from .directory import Directory
 from .exchange import Pending, collect, dispatch
 from .messages import job_record, read_answer, refusal
@@ -154,8 +154,9 @@ class FlowerBackend:
                     "stale", f"it answers round {answer.round + 1}, this is {opened.number + 1}"
                 )
             update: ClientUpdate = self._rounds.received(
-                opened, client, answer.payload, answer.num_examples, answer.train_loss
-            )
+                opened, client, answer.payload, answer.num_examples, answer.train_loss,
+                LocalSteps(int(answer.steps[0]), *answer.steps[1:]) if answer.steps else None,
+            )  # fmt: skip
         except PayloadError as error:
             refused = Refused(client, error.reason, str(error))
             return Outcome(client, size, refused=refused, seconds=None)

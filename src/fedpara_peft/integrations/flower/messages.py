@@ -6,6 +6,7 @@ A payload travels as one array of bytes, which Flower sends in chunks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_args
@@ -47,7 +48,11 @@ def read_job(content: RecordDict) -> Job:
 def answer_record(answer: Answer) -> RecordDict:
     """An answer as records."""
     facts = {"round": answer.round, "reason": answer.reason, "message": answer.message}
-    metrics = {"num_examples": answer.num_examples, "train_loss": answer.train_loss}
+    metrics: dict[str, Any] = {
+        "num_examples": answer.num_examples, "train_loss": answer.train_loss
+    }  # fmt: skip
+    if answer.steps:
+        metrics["steps"] = [float(value) for value in answer.steps]
     return _with_payload(
         answer.payload, {"answer": ConfigRecord(facts), "metrics": MetricRecord(metrics)}
     )
@@ -66,6 +71,7 @@ def read_answer(content: RecordDict) -> Answer:
             num_examples=_count(metrics["num_examples"]),
             train_loss=float(metrics["train_loss"]),
             payload=_payload(content),
+            steps=_steps(metrics.get("steps", [])),
             reason=str(facts["reason"]),
             message=str(facts["message"]),
         )
@@ -117,6 +123,14 @@ def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r:.40} is not a count")
     return value
+
+
+def _steps(values: Any) -> tuple[float, ...]:
+    """Count, learning rate and weight of a client's steps, as far as they may be used."""
+    found = tuple(float(value) for value in values)
+    if found and (len(found) not in (2, 3) or not all(math.isfinite(v) and v > 0 for v in found)):
+        raise ValueError(f"{values!r:.80} are no steps")
+    return found
 
 
 def _malformed(what: str, error: Exception) -> PayloadError:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,8 @@ class Answer:
         num_examples: its examples.
         train_loss: mean loss over its local steps.
         payload: its update; empty if there is none.
+        steps: how it trained, where the strategy asks for it: the fields of
+            :class:`~fedpara_peft.federation.state.LocalSteps`, without a weight that is not known.
         reason: why there is none.
         message: what was found, and what helps.
     """
@@ -100,6 +102,7 @@ class Answer:
     num_examples: int = 0
     train_loss: float = 0.0
     payload: bytes = b""
+    steps: tuple[float, ...] = ()
     reason: str = ""
     message: str = ""
 
@@ -193,7 +196,8 @@ class Node:
             return Answer(job.round, reason=reason, message=message)
         # Also what the server will refuse is sent, to be counted.
         sent = outcome.sent
-        return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload)
+        steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
+        return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
 
     def _received(self, job: Job, resting: frozenset[str]) -> Broadcast:
         """The broadcast, checked against this node's own model."""
