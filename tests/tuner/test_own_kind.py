@@ -8,17 +8,21 @@ import torch
 from peft import PeftModel, get_peft_model
 from tests import bilinear
 from tests.bilinear import Bilinear
+from tests.federation.test_trainer import arguments
 from tests.zoo import randomize
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from fedpara_peft import (
     ConversionError,
+    FederatedTrainer,
     FedParaConfig,
     MixedBatchError,
     UnsupportedLayerError,
     communicated_state,
     fedpara_summary,
+    partition,
     save_as_loha,
     save_as_lora,
 )
@@ -36,11 +40,11 @@ class Pair(nn.Module):
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setattr("fedpara_peft.tuner.kinds.LAYER_KINDS", LAYER_KINDS[:])
-    import fedpara_peft.tuner.kinds as kinds
-
-    kinds.LAYER_KINDS.append(Bilinear)
+def registered():
+    before = LAYER_KINDS[:]
+    LAYER_KINDS.append(Bilinear)
+    yield
+    LAYER_KINDS[:] = before
 
 
 def build(mode="frozen", seed=0, **config):
@@ -106,6 +110,17 @@ def test_it_is_summarized_and_sent():
     assert sum(t.numel() for t in communicated_state(model).values()) == count + 10
 
 
+@pytest.mark.usefixtures("registered")
+def test_a_federation_trains_it(tmp_path):
+    torch.manual_seed(3)
+    x = torch.randn(80, 12)
+    data = TensorDataset(x, x[:, :10].argmax(1))
+    args = arguments(tmp_path, num_rounds=8, learning_rate=0.3)
+    trainer = FederatedTrainer(build("replaced"), args, partition(data, "iid", 3))
+    history = trainer.train()
+    assert history[-1].train_loss < 0.8 * history[0].train_loss
+
+
 @pytest.mark.parametrize("save", [save_as_lora, save_as_loha])
 @pytest.mark.usefixtures("registered")
 def test_the_exports_refuse_it(tmp_path, save):
@@ -140,9 +155,7 @@ def test_a_kind_for_a_subclass_goes_before_the_package_s(tmp_path):
         def forward(self, x):
             return F.linear(x, self.weight, self.get_base_layer().bias) / 2
 
-    import fedpara_peft.tuner.kinds as kinds
-
-    kinds.LAYER_KINDS.append(HalvedKind)
+    LAYER_KINDS.append(HalvedKind)
     plain = nn.Sequential(Halved(12, 10), nn.Linear(10, 4))
     config = FedParaConfig(r=2, target_modules=["0", "1"])
     model = randomize(get_peft_model(copy.deepcopy(plain), config))
