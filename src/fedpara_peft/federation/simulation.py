@@ -144,13 +144,13 @@ class Simulation:
         stacked = self._stacked
         if stacked is not None and stacked.wanted(len(clients)):
             data = {client: self._population.train[client] for client in clients}
-            for group in stacked.groups(data):
-                of_group = [data[client] for client in group]
-                states = [self._kept(client) for client in group]
+            states = {client: self._kept(client) for client in clients}
+            for group in stacked.groups(data, states):
                 start = time.perf_counter()
                 found = stacked.train(
-                    group, of_group, opened.number, opened.broadcast, states, opened.resting
-                )
+                    group, [data[c] for c in group], opened.number, opened.broadcast,
+                    [states[c] for c in group], opened.resting,
+                )  # fmt: skip
                 if found is None:  # they go one by one
                     break
                 ended.update(zip(group, found, strict=True))
