@@ -139,6 +139,7 @@ class Simulation:
 
     def _each(self, clients: Sequence[int], opened: OpenRound, encode: bool) -> Iterator[Outcome]:
         data: dict[int, Any] = {}
+        states: dict[int, ClientState | None] = {}
         ended: dict[int, Any] = {}
         shares: dict[int, float] = {}
         stacked = self._stacked
@@ -160,15 +161,21 @@ class Simulation:
             if client in ended:
                 train = functools.partial(self._local.end, *ended.pop(client))
             else:
-                train = functools.partial(self._alone, client, data, opened)
+                train = functools.partial(self._alone, client, data, states, opened)
             yield self._turns.take(
                 client, opened.number, train, self.store,
                 encode=encode, seconds=shares.get(client, 0.0),
             )  # fmt: skip
 
-    def _alone(self, client: int, data: Mapping[int, Any], opened: OpenRound) -> Any:
+    def _alone(
+        self,
+        client: int,
+        data: Mapping[int, Any],
+        states: Mapping[int, ClientState | None],
+        opened: OpenRound,
+    ) -> Any:
         own = data[client] if client in data else self._population.train[client]
-        state = self._kept(client)
+        state = states[client] if client in states else self._kept(client)
         return self._local.train(
             client, own, opened.number, opened.broadcast, state, opened.resting
         )

@@ -94,6 +94,8 @@ class Optimizers:
         self._probe = self.make(parameters, 0)
         self._check_probe(parameters)
         self._tell()
+        for optimizer in self._probe:
+            optimizer.state.clear()  # some reserve it when they are made
         groups = [group for optimizer in self._probe for group in optimizer.param_groups]
         kinds = {type(optimizer) for optimizer in self._probe}
         self.can_pause = kinds == {torch.optim.SGD} and not any(g["dampening"] for g in groups)
