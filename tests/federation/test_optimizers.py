@@ -263,6 +263,35 @@ def test_a_batch_in_which_no_label_counts_is_no_step(tmp_path, settings, state):
     assert_near(trainable(other.model), state_of(one.model))
 
 
+class Sums(nn.Module):
+    """Two parameters get one gradient, and one gets ones alone, expanded from a number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 4)
+        self.p, self.q, self.r = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+    def forward(self, x):
+        return self.layer(x) + (self.p + self.q)
+
+
+@pytest.mark.parametrize("strategy", [FedProx(0.5), FedDyn(0.3), Scaffold()])
+def test_gradients_that_share_memory_are_corrected_each_by_itself(tmp_path, strategy):
+    models = []
+    for engine in ("sequential", "batched"):
+        model = Sums().double()
+        args = args_of(tmp_path / engine, engine=engine, max_grad_norm=0.5, momentum=0.5)
+        FederatedTrainer(model, args, clients(), strategy=strategy, compute_loss=sums_loss).train()
+        models.append(model)
+    assert_near(trainable(models[1]), state_of(models[0]))
+
+
+def sums_loss(model, batch):
+    out = model(batch[0])
+    return nn.functional.cross_entropy(out, batch[1]) + 0.1 * model.r.sum() + 0.1 * out.mean()
+
+
 # Rates.
 
 
@@ -363,6 +392,16 @@ class Counts(O.SGD):
                 self.state[p]["count"] = self.state[p].get("count", 0) + 1
 
 
+class HoldsTheModel(O.SGD):
+    """Keeps the parameter itself, under two names."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].update(last=p, again=p)
+
+
 class Sharpness(O.SGD):
     def step(self, closure):
         raise AssertionError
@@ -452,6 +491,17 @@ def test_numbers_in_an_optimizers_state_are_kept_as_numbers(tmp_path):
         )  # fmt: skip
         kept = trainer.client_state(0).optimizer
         assert {int(t) for t in kept["count int"].values()} == {3 * 2 * 3}
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_a_state_that_is_the_models_own_memory_is_kept_as_it_was(tmp_path, store):
+    trainer = trained(
+        tmp_path, clients(), LocalOnly(), HoldsTheModel, optimizer_state="keep", client_store=store
+    )
+    for i in range(3):
+        state = trainer.client_state(i)
+        assert_near(state.optimizer["last"], state.local)
+        assert_near(state.optimizer["again"], state.local)
 
 
 def test_auto_trains_in_turn_where_the_optimizer_cannot_be_stacked_and_says_so(

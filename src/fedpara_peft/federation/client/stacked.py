@@ -258,9 +258,9 @@ class BatchedTrainer:
             return found
 
         losses, terms = vmap(one)(stack, batch)
-        found = torch.autograd.grad(losses.sum(), list(stack.values()), allow_unused=True)
-        for tensor, grad in zip(stack.values(), found, strict=True):
-            tensor.grad = grad
+        for tensor in stack.values():
+            tensor.grad = None
+        torch.autograd.backward(losses.sum(), inputs=list(stack.values()))
         return losses.detach(), terms
 
     def _compare(self, batch: Sequence[Tensor], stack: State) -> None:

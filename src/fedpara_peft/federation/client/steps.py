@@ -179,7 +179,9 @@ class Steps:
                 f"{type(self._optimizers[0]).__name__} changes its groups' options as it goes: use "
                 "optimizer_state='reset'"
             )
-        return kept_of(self._optimizers, self._names)
+        found = kept_of(self._optimizers, self._names)
+        # An optimizer may hold a tensor twice, or one of the model's.
+        return {part: {n: t.clone() for n, t in state.items()} for part, state in found.items()}
 
 
 class CannotPauseError(Exception):
