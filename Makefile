@@ -76,6 +76,7 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/many_clients.py
 	$(BIN)/python benchmarks/federation_speed.py
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/client_step.py
 
 bench-mnist: $(TESTS)  ## Measure codecs on MNIST; MNIST=folder or Hub id
 	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(MNIST),ylecun/mnist)

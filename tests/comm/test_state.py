@@ -208,7 +208,10 @@ def test_a_clients_own_files_are_read_as_a_local_half(tmp_path, base_weight):
     store = DiskStore(tmp_path)
     for version in (2, 10, 9):
         moved = {name: tensor + version for name, tensor in mine.items()}
-        store.put(3, version, ClientState(moved, {"control": mine}, {"base": torch.ones(1)}))
+        half = {name: 0.5 * tensor for name, tensor in mine.items()}
+        store.put(
+            3, version, ClientState(moved, {"control": mine}, {"base": torch.ones(1)}, {"m": half})
+        )
     for path, version in (
         (tmp_path, 10),  # the newest, by number
         (tmp_path / "client-3.round-2.safetensors", 2),

@@ -1,7 +1,7 @@
 """A run in a process of its own: ``runs.py FOLDER STRATEGY PARAMETERIZATION ROUNDS [VARIANT]``.
 
 Resumes if it can, and tells every round. Writes ``final.safetensors``: the global model, every
-client's own, and what its codec has lost so far.
+client's own, and what its codec has lost so far and its optimizer keeps.
 """
 
 import sys
@@ -76,6 +76,10 @@ VARIANTS = {
     # Runs are compared with each other: the noise's seed, secret and drawn anew for each, is given.
     "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1, "dp_noise_seed": 7},
     "diverge": {"learning_rate": 1e30, "quorum": 0.5},
+    "keep": {
+        "optim": "adamw", "learning_rate": 0.01, "optimizer_state": "keep", "momentum": 0.0,
+        "factor_learning_rate": 0.02, "warmup_rounds": 2,
+    },
 }  # fmt: skip
 PARAMETERIZATIONS = ("dense", "lowrank", "fedpara", "pfedpara")
 
@@ -118,8 +122,9 @@ def run(folder, strategy, parameterization, rounds, variant=None):
         clients = partition(data, "quantity", 8, concentration=3.0)
     args = FederatedArguments(
         folder, num_rounds=rounds, clients_per_round=4, per_client_batch_size=8,
-        eval_batch_size=32, save_every=3, save_total_limit=2, momentum=0.5, disable_tqdm=True,
-        client_store="disk" if parameterization == "fedpara" else "auto", **changes,
+        eval_batch_size=32, save_every=3, save_total_limit=2, disable_tqdm=True,
+        client_store="disk" if parameterization == "fedpara" else "auto",
+        **{"momentum": 0.5, **changes},
     )  # fmt: skip
     trainer = FederatedTrainer(
         model, args, clients, data, compute_metrics=accuracy,
@@ -135,6 +140,8 @@ def run(folder, strategy, parameterization, rounds, variant=None):
         kept = trainer.client_state(i)
         residual = kept.residual if kept else {}
         final |= {f"residual {i} {k}": v.clone() for k, v in residual.items()}
+        for part, state in (kept.optimizer if kept else {}).items():
+            final |= {f"optimizer {i} {part} {k}": v.clone() for k, v in state.items()}
     save_file(final, Path(folder) / "final.safetensors")
 
 

@@ -234,7 +234,8 @@ def test_a_strategys_state_that_is_not_finite_is_never_stored(tmp_path, caplog):
 
 def test_a_client_whose_stored_state_is_broken_starts_anew(caplog):
     local, shared = {"h": torch.randn(2)}, {"w": torch.randn(3), "v": torch.randn(2)}
-    good = ClientState(local, {"control": {"w": torch.randn(3)}}, {"w": torch.randn(3)})
+    moments = {"row": {"w": torch.randn(1)}, "step": {"h": torch.tensor(3.0)}}
+    good = ClientState(local, {"control": {"w": torch.randn(3)}}, {"w": torch.randn(3)}, moments)
     assert usable_state(None, local, shared, "ward a") is None
     assert usable_state(good, local, shared, "ward a") is good
     assert not caplog.text
@@ -248,6 +249,8 @@ def test_a_client_whose_stored_state_is_broken_starts_anew(caplog):
         ({"strategy": {"control": {"w": torch.randn(4)}}}, "kept control is not of"),
         ({"strategy": {"control": {"x": torch.randn(3)}}}, "kept control is not of"),
         ({"residual": nan}, "residual is not finite"),
+        ({"optimizer": {"row": nan}}, "optimizer's row is not finite, first w"),
+        ({"optimizer": {"row": {"x": torch.ones(1)}}}, "optimizer's row is not of this model's"),
         ({"residual": {"w": torch.randn(1)}}, "residual is not of"),
     ):
         caplog.clear()

@@ -34,7 +34,12 @@ def run(processes, script, *arguments):
 
 @pytest.mark.parametrize(
     "case",
-    [("Scaffold", "pfedpara", 6, "codec"), ("FedAdam", "dense", 6), ("FedNova", "fedpara", 4)],
+    [
+        ("Scaffold", "pfedpara", 6, "codec"),
+        ("FedAdam", "dense", 6),
+        ("FedNova", "fedpara", 4),
+        ("FedAvg", "pfedpara", 6, "keep"),
+    ],
     ids=str,
 )
 def test_two_processes_are_one(tmp_path, case):
@@ -44,6 +49,7 @@ def test_two_processes_are_one(tmp_path, case):
     one, two = (load_file(tmp_path / n / "final.safetensors") for n in "12")
     assert one.keys() == two.keys()
     assert any(k.startswith("residual") for k in one) == ("codec" in case)
+    assert any(k.startswith("optimizer") for k in one) == ("keep" in case)
     assert all(torch.equal(t, two[k]) for k, t in one.items())
     histories = [History.load(tmp_path / n / "history.json") for n in "12"]
     for a, b in zip(*histories, strict=True):

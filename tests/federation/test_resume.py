@@ -61,6 +61,8 @@ def final(run):
         kept = run.client_state(i)
         for group, tensors in (kept.strategy if kept else {}).items():
             state |= {f"{i} {group} {k}": v for k, v in tensors.items()}
+        for part, tensors in (kept.optimizer if kept else {}).items():
+            state |= {f"{i} optimizer {part} {k}": v for k, v in tensors.items()}
     return state, [(t.round, t.client, t.direction, t.total_bytes) for t in run.ledger.transfers()]
 
 
@@ -86,6 +88,25 @@ def test_resumed_is_uninterrupted(tmp_path, strategy, stop, store):
     assert same(final(again), final(whole))
     assert [r.train_loss for r in resumed] == [r.train_loss for r in history]
     assert [r.metrics for r in resumed] == [r.metrics for r in history]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_resumed_is_uninterrupted_with_the_optimizers_state(tmp_path, optim, store):
+    settings = {
+        "optim": optim, "optimizer_state": "keep", "learning_rate": 0.01, "num_rounds": 6,
+        "momentum": 0.9 * (optim == "sgd"), "factor_learning_rate": 0.02,
+        "lr_scheduler_type": "cosine", "warmup_rounds": 1, "client_store": store,
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    with pytest.raises(InterruptedTestError):
+        trainer(tmp_path / "cut", callbacks=[StopAfter(3)], **settings).train()
+    again = trainer(tmp_path / "cut", **settings)
+    again.train(resume_from_checkpoint=True)
+    state, _ = final(again)
+    assert any(" optimizer " in name for name in state)
+    assert same(final(again), final(whole))
 
 
 def test_clients_that_trained_after_the_checkpoint_are_rolled_back(tmp_path):
@@ -176,14 +197,16 @@ def test_a_failed_round_takes_its_clients_back(tmp_path):
     assert same(({**final(run)[0]}, []), ({**final(three)[0]}, []))
 
 
-@pytest.mark.parametrize("case", [("Scaffold", "pfedpara"), ("FedAdam", "fedpara")])
+@pytest.mark.parametrize(
+    "case", [("Scaffold", "pfedpara"), ("FedAdam", "fedpara"), ("FedAvg", "pfedpara", "keep")]
+)
 def test_killed_and_resumed(tmp_path, case):
     """A real process that dies of SIGKILL; ``benchmarks/kill_resume.py`` does it more often."""
     rng = random.Random(str(case))
 
     def start(folder):
         return subprocess.Popen(
-            [sys.executable, RUNS, folder, *case, "20"],
+            [sys.executable, RUNS, folder, *case[:2], "20", *case[2:]],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
@@ -202,4 +225,5 @@ def test_killed_and_resumed(tmp_path, case):
         assert last.wait(300) == 0
     found = load_file(tmp_path / "cut" / "final.safetensors")
     assert found.keys() == expected.keys()
+    assert any(k.startswith("optimizer") for k in found) == ("keep" in case)
     assert all(torch.equal(t, expected[k]) for k, t in found.items())

@@ -11,15 +11,23 @@ from fedpara_peft.federation.state import ClientState
 
 def state(client, version):
     return ClientState(
-        {"a/b.c": torch.tensor([client, version])}, {"control": {"w": torch.tensor(version / 7)}}
+        {"a/b.c": torch.tensor([client, version])},
+        {"control": {"w": torch.tensor(version / 7)}},
+        optimizer={
+            "step": {"a/b.c": torch.tensor(float(version))},
+            "count int": {"w": torch.tensor(2**60 + version)},
+        },
     )
 
 
 def same(found, expected):
     if found is None or expected is None:
         return found is expected
-    return torch.equal(found.local["a/b.c"], expected.local["a/b.c"]) and torch.equal(
-        found.strategy["control"]["w"], expected.strategy["control"]["w"]
+    return (
+        torch.equal(found.local["a/b.c"], expected.local["a/b.c"])
+        and torch.equal(found.strategy["control"]["w"], expected.strategy["control"]["w"])
+        and torch.equal(found.optimizer["step"]["a/b.c"], expected.optimizer["step"]["a/b.c"])
+        and torch.equal(found.optimizer["count int"]["w"], expected.optimizer["count int"]["w"])
     )
 
 

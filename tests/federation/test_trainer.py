@@ -373,7 +373,7 @@ def test_fp16_loses_no_step(tmp_path, overflow):
         local = LocalTrainer(model, args, Accelerator(cpu=True), FedAvg(), loss)
         start = Broadcast({k: v.clone() for k, v in communicated_state(model).items()})
         trained = local.train(1, clients[1], 0, start)
-        return trained.update, local._loss_scale
+        return trained.update, local.gradients.loss_scale
 
     wide, _ = trained("no")
     narrow, scale = trained("fp16")

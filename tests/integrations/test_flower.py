@@ -46,6 +46,10 @@ from fedpara_peft.integrations.flower import client_app, server_app
 from fedpara_peft.integrations.report import write_report
 from fedpara_peft.integrations.run_folder import load_run
 
+KEEP = {
+    "optim": "adamw", "momentum": 0.0, "learning_rate": 0.01, "optimizer_state": "keep",
+    "factor_learning_rate": 0.02, "lr_scheduler_type": "cosine", "warmup_rounds": 1,
+}  # fmt: skip
 INT8 = {"uplink_codec": "int8", "downlink_codec": "int8", "error_feedback": True}
 
 
@@ -158,6 +162,7 @@ def assert_same_clients(tmp_path, trainer):
             (ours.local, theirs.local),
             (ours.residual, theirs.residual),
             *((ours.strategy[g], theirs.strategy[g]) for g in groups),
+            *((ours.optimizer[p], theirs.optimizer[p]) for p in theirs.optimizer),
         ]:
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[n], expected[n]) for n in expected)
@@ -181,6 +186,8 @@ def assert_same_clients(tmp_path, trainer):
         (FedNova(), INT8),
         (Moon(), {"clients_per_round": 2}),
         (FedAvg(), {"uplink_codec": Signs(), "error_feedback": True}),
+        (FedAvg(), {**KEEP, "clients_per_round": 2}),
+        (FedDyn(), {"momentum": 0.9, "optimizer_state": "keep"}),
     ],
 )
 def test_the_result_is_the_simulations(tmp_path, strategy, more):
@@ -410,6 +417,22 @@ def test_a_killed_server_continues_and_its_nodes_step_back(tmp_path):
     trainer = simulate(
         tmp_path, Scaffold(), **{k: v for k, v in settings.items() if k != "save_every"}
     )
+    assert_same(tmp_path, trainer, 5)
+    assert_same_clients(tmp_path, trainer)
+
+
+def test_nodes_keep_their_optimizers_states_and_step_back_with_them(tmp_path):
+    def kill(message, reply):
+        if message.content["job"]["round"] == 3:
+            raise KeyboardInterrupt
+        return [reply]
+
+    settings = {**KEEP, "num_rounds": 5}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, spoil=kill, save_every=2, **settings)
+    run(tmp_path, save_every=2, **settings)
+    trainer = simulate(tmp_path, **settings)
+    assert trainer.client_state(0).optimizer.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert_same(tmp_path, trainer, 5)
     assert_same_clients(tmp_path, trainer)
 

@@ -23,7 +23,7 @@ LOCAL_WEIGHTS_NAME = "local_model.safetensors"
 
 # A client store's files, and the groups in them; see federation/store.py.
 _CLIENT = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
-_GROUP = re.compile(r"local|residual|strategy\..*")
+_GROUP = re.compile(r"local|residual|(strategy|optimizer)\..*")
 
 
 def communicated_state(model: nn.Module, local_modules: LocalModules = None) -> State:

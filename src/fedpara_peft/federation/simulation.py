@@ -139,18 +139,19 @@ class Simulation:
 
     def _each(self, clients: Sequence[int], opened: OpenRound, encode: bool) -> Iterator[Outcome]:
         data: dict[int, Any] = {}
+        states: dict[int, ClientState | None] = {}
         ended: dict[int, Any] = {}
         shares: dict[int, float] = {}
         stacked = self._stacked
         if stacked is not None and stacked.wanted(len(clients)):
             data = {client: self._population.train[client] for client in clients}
-            for group in stacked.groups(data):
-                of_group = [data[client] for client in group]
-                states = [self._kept(client) for client in group]
+            states = {client: self._kept(client) for client in clients}
+            for group in stacked.groups(data, states):
                 start = time.perf_counter()
                 found = stacked.train(
-                    group, of_group, opened.number, opened.broadcast, states, opened.resting
-                )
+                    group, [data[c] for c in group], opened.number, opened.broadcast,
+                    [states[c] for c in group], opened.resting,
+                )  # fmt: skip
                 if found is None:  # they go one by one
                     break
                 ended.update(zip(group, found, strict=True))
@@ -160,15 +161,21 @@ class Simulation:
             if client in ended:
                 train = functools.partial(self._local.end, *ended.pop(client))
             else:
-                train = functools.partial(self._alone, client, data, opened)
+                train = functools.partial(self._alone, client, data, states, opened)
             yield self._turns.take(
                 client, opened.number, train, self.store,
                 encode=encode, seconds=shares.get(client, 0.0),
             )  # fmt: skip
 
-    def _alone(self, client: int, data: Mapping[int, Any], opened: OpenRound) -> Any:
+    def _alone(
+        self,
+        client: int,
+        data: Mapping[int, Any],
+        states: Mapping[int, ClientState | None],
+        opened: OpenRound,
+    ) -> Any:
         own = data[client] if client in data else self._population.train[client]
-        state = self._kept(client)
+        state = states[client] if client in states else self._kept(client)
         return self._local.train(
             client, own, opened.number, opened.broadcast, state, opened.resting
         )

@@ -74,14 +74,16 @@ class ClientState:
         local: its tensors of local scope.
         strategy: what the strategy keeps for it, by name.
         residual: what the uplink's codec has lost so far, with error feedback.
+        optimizer: what ``optimizer_state="keep"`` keeps of its optimizer, by torch's names.
     """
 
     local: State = field(default_factory=dict)
     strategy: Mapping[str, State] = field(default_factory=dict)
     residual: State = field(default_factory=dict)
+    optimizer: Mapping[str, State] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.local or self.strategy or self.residual)
+        return bool(self.local or self.strategy or self.residual or self.optimizer)
 
 
 @dataclass(frozen=True)

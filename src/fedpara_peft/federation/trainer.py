@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .arguments import FederatedArguments
 from .backend import Backend
 from .client.evaluation import Evaluator, Metrics
 from .client.local import LocalTrainer
+from .client.optimizer import OptimizerFactory
 from .client.stacked import BatchedTrainer
 from .client.turn import Turns
 from .crew import Crew
@@ -38,6 +40,8 @@ from .server.schedule import factor_blocks
 from .simulation import Simulation
 from .state import ClientState, ServerState
 from .strategies import Strategy, as_strategy
+
+logger = logging.getLogger(__name__)
 
 #: Arguments that may differ between the processes of a run.
 _OWN = ("report_to", "disable_tqdm")
@@ -67,6 +71,9 @@ class FederatedTrainer:
         callbacks: see :class:`~.observers.callbacks.FederatedCallback`; called on the main process.
         client_eval_dataset: one data set per client, in the same order or by the same names, to
             evaluate each client's own model on (the global model and its local tensors).
+        optimizer: the clients', in place of ``args.optim``: a class such as ``torch.optim.AdamW``,
+            or what makes an optimizer from a list of parameter groups (a ``functools.partial`` of a
+            class, a function). The groups carry the learning rate of the round.
 
     Attributes:
         history: reports of the last run's rounds.
@@ -89,6 +96,7 @@ class FederatedTrainer:
         strategy: Strategy | type[Strategy] | str | None = None,
         callbacks: Sequence[FederatedCallback] | None = None,
         client_eval_dataset: Sequence[Any] | Mapping[Any, Any] | None = None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         _check_given(args)
         self.args = args
@@ -111,8 +119,10 @@ class FederatedTrainer:
         loss = compute_loss or DefaultLoss(args.label_column)
         self._local = local = LocalTrainer(
             self.model, args, self.accelerator, self.strategy, loss, data_collator,
-            self.population.names,
+            self.population.names, optimizer,
         )  # fmt: skip
+        facts |= local.optimizers.facts
+        crew.agree(lambda: local.optimizers.facts)
         self._evaluator = Evaluator(
             self.accelerator, Precision.of(args.mixed_precision, self.accelerator),
             args.eval_batch_size, loss, compute_metrics, data_collator, args.label_column,
@@ -265,6 +275,10 @@ class FederatedTrainer:
             raise ArgumentsError(
                 f"engine='batched' is not possible: {obstacle}; use engine='sequential'"
             )
+        if (unfit := self._local.optimizers.obstacle()) and stacked.wanted(
+            self.args.cohort_size(len(self.population))
+        ):
+            logger.warning("clients train one after the other: %s", unfit)
         return None if obstacle is not None else stacked
 
 

@@ -72,6 +72,17 @@ def local_tensors(model: nn.Module, local_modules: LocalModules = None) -> set[s
     return local
 
 
+def factor_names(model: nn.Module) -> set[str]:
+    """Names of the trainable factors of FedPara adapters, whatever their scope."""
+    factors = {
+        id(factor)
+        for module in model.modules()
+        if isinstance(module, FedParaLayer)
+        for _, factor in module._factors()
+    }
+    return {n for n, p in model.named_parameters() if p.requires_grad and id(p) in factors}
+
+
 def trains_base(model: nn.Module) -> bool:
     """Whether the model trains as a whole: a plain model, or one with replaced weights."""
     tuners = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 from ...comm.errors import PayloadError
 from ...comm.state import State, communicated_state, local_state
-from ...tuner.jacobian import composed_weights, jacobian_correction
-from ...tuner.scope import persistent_buffers
+from ...tuner.scope import factor_names, persistent_buffers
 from ..arguments import FederatedArguments
 from ..data.batches import Collator, LastBatch, batches, count_rows
-from ..data.loss import Loss, LossFunction, read_loss
+from ..data.loss import LossFunction
 from ..errors import ArgumentsError, ClientDataError, about
 from ..precision import Precision
 from ..random import derived_seed, seeded, torch_generator
 from ..state import Broadcast, ClientState, ClientUpdate
 from ..strategies import Correction, LocalSteps, Objective, Strategy
-from .sgd import SGD, Corrector
-from .step_weights import StepWeights, clip_scale
+from .gradients import Gradients
+from .optimizer import OptimizerFactory, Optimizers
+from .optimizer_state import Kept
+from .steps import Stepped, Steps
 
 logger = logging.getLogger(__name__)
 
-_FIRST_LOSS_SCALE = 2.0**16
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -47,6 +47,7 @@ class Turn:
         kept: what the strategy keeps for the client.
         residual: what its codec has lost so far.
         correction: what the strategy adds to its gradients.
+        optimizer: what it kept of its optimizer.
     """
 
     client: int
@@ -55,6 +56,7 @@ class Turn:
     kept: Mapping[str, State]
     residual: State
     correction: Correction | None
+    optimizer: Kept
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ class Trained:
         update: what it has to send.
         steps: how it trained.
         local: its tensors of local scope.
+        optimizer: what it keeps of its optimizer.
     """
 
     turn: Turn
     update: ClientUpdate
     steps: LocalSteps
     local: State
+    optimizer: Kept
 
     @property
     def active(self) -> dict[str, State]:
@@ -90,6 +94,7 @@ class LocalTrainer:
         compute_loss: from the model and a batch to what :func:`~..data.loss.read_loss` reads.
         collator: makes a batch from rows.
         names: the clients' names, for messages; their indices by default.
+        optimizer: the clients'; that of ``args`` by default.
 
     Attributes:
         shared: the communicated tensors, live.
@@ -98,9 +103,12 @@ class LocalTrainer:
         first_local: the local tensors of a client that never trained.
         parameters: the trainable parameters, live.
         objective: what clients minimize.
+        optimizers: makes a client's optimizer.
+        gradients: makes the gradients of a step.
 
     Raises:
-        ArgumentsError: the model has no trainable parameters, or none of the needed scope.
+        ArgumentsError: the model has no trainable parameters, or none of the needed scope; or the
+            optimizer suits neither arguments nor strategy.
     """
 
     def __init__(
@@ -112,6 +120,7 @@ class LocalTrainer:
         compute_loss: LossFunction,
         collator: Collator | None = None,
         names: Sequence[Any] | None = None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         self.model = model
         self._args = args
@@ -141,9 +150,15 @@ class LocalTrainer:
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
         self._first_resting = [t.clone() for t in self._resting]
-        self._precision = Precision.of(args.mixed_precision, accelerator)
-        # fp16's loss scale is found anew by every client, so that no client depends on another.
-        self._scales_loss = self._precision.scales_loss
+        self.optimizers = Optimizers(args, optimizer, self.parameters, factor_names(model))
+        if strategy.sums_gradients and not self.optimizers.sums_gradients:
+            raise ArgumentsError(
+                f"{type(strategy).__name__} cannot have {self.optimizers.name} with these options: "
+                "its steps are no sum of the gradients at one learning rate; use plain SGD, or "
+                "another strategy"
+            )
+        precision = Precision.of(args.mixed_precision, accelerator)
+        self.gradients = Gradients(model, self.parameters, self.objective, precision, args)
 
     def load(self, params: State, state: ClientState | None = None) -> None:
         """Put a global state and a client's own into the model; a new client's by default."""
@@ -200,9 +215,9 @@ class LocalTrainer:
         self.objective.begin(turn.seen, turn.kept)
         with about(self.name(client)):
             examples = count_rows(dataset)
-            loss, steps = self._steps(turn, dataset)
+            stepped = self._steps(turn, dataset)
         here = {n: self.shared[n] for n in turn.seen.params}
-        return self.end(turn, examples, loss, steps, here, _clone(self.local))
+        return self.end(turn, examples, stepped, here, _clone(self.local))
 
     def begin(
         self,
@@ -217,14 +232,17 @@ class LocalTrainer:
         active = [n for n in self.shared if n not in resting]
         seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
         correction = self._strategy.correction(seen, kept)
-        return Turn(client, round, seen, kept, {} if state is None else state.residual, correction)
+        own = ClientState() if state is None else state
+        keeps = self._args.optimizer_state == "keep"
+        return Turn(
+            client, round, seen, kept, own.residual, correction, own.optimizer if keeps else {}
+        )
 
     def end(
         self,
         turn: Turn,
         num_examples: int,
-        loss: float,
-        steps: LocalSteps,
+        stepped: Stepped,
         shared: State,
         local: State,
     ) -> Trained:
@@ -233,7 +251,8 @@ class LocalTrainer:
         Raises:
             PayloadError: it diverged, so there is nothing to send.
         """
-        if not math.isfinite(loss) or steps.weight == 0:  # every gradient was clipped to nothing
+        loss, steps = stepped.loss, stepped.steps
+        if not math.isfinite(loss) or stepped.stuck:
             raise PayloadError(
                 "diverged",
                 f"it diverged in round {turn.round + 1} (loss {loss}): lower learning_rate (now "
@@ -246,7 +265,7 @@ class LocalTrainer:
         buffers = {n: shared[n].clone() for n in start if n in self.buffers}
         told = steps if self._strategy.sees_updates else None
         sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers, told)
-        trained = Trained(turn, sent, steps, local)
+        trained = Trained(turn, sent, steps, local, stepped.kept)
         extra = self._strategy.client_extra(turn.seen, trained.active, update, steps)
         return replace(trained, update=replace(sent, extra=extra))
 
@@ -257,42 +276,24 @@ class LocalTrainer:
             for group, state in kept.items()
         }
 
-    def _steps(self, turn: Turn, dataset: Any) -> tuple[float, LocalSteps]:
+    def _steps(self, turn: Turn, dataset: Any) -> Stepped:
         args, round, client = self._args, turn.round, turn.client
-        rate = args.learning_rate_at(round)
-        trained = {n: p for n, p in self.parameters.items() if n in turn.seen.params}
-        correct = Corrector(turn.correction, trained, turn.seen.params)
-        optimizer = SGD(list(self.parameters.values()), rate, args.momentum, args.weight_decay)
-        self._loss_scale = _FIRST_LOSS_SCALE if self._scales_loss else 1.0
+        active = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        steps = Steps(
+            self.optimizers, args, round, active, turn.seen.params, [turn.correction],
+            [turn.optimizer],
+        )  # fmt: skip
+        self.gradients.begin(args.learning_rate_at(round, factors=True))
         self.model.train()
-        found: list[tuple[Tensor, float]] = []
-        steps = 0
-        weights = StepWeights(args.momentum)
         # Dropout, transforms and collators draw from the global generators.
         seed = derived_seed(args.seed, round, client, "training")
         with seeded(seed, self._accelerator.device), one_row_said():
             for epoch in range(args.num_local_epochs):
                 order = torch_generator(args.seed, round, client, f"batches {epoch}")
                 for window in self._windows(dataset, order):
-                    losses = self._gradients(window, rate)
-                    if not losses:
-                        continue
-                    correct()
-                    scale: Tensor | float = 1.0
-                    if args.max_grad_norm is not None:
-                        norm = nn.utils.clip_grad_norm_(
-                            self.parameters.values(), args.max_grad_norm
-                        )
-                        scale = clip_scale(norm, args.max_grad_norm)
-                    weights.step(scale)
-                    optimizer.step()
-                    found += losses
-                    steps += 1
-        if not found:
-            raise nothing_counts()
-        terms = torch.tensor([count for _, count in found], dtype=torch.float64)
-        mean = torch.stack([loss for loss, _ in found]).cpu().double() @ terms / terms.sum()
-        return float(mean), LocalSteps(steps, rate, float(weights.total))
+                    if losses := self.gradients.of(window):
+                        steps.step(losses)
+        return steps.final()[0]
 
     def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[tuple[Any, int]]]:
         """The batches of every local step, and of how many rows each is."""
@@ -305,55 +306,6 @@ class LocalTrainer:
             else:
                 yield [(send_to_device(batch, device), count) for batch, count in window]
 
-    def _gradients(self, window: list[tuple[Any, int]], rate: float) -> list[tuple[Tensor, float]]:
-        """Gradients of the mean loss over a step's terms; every batch's loss and terms.
-
-        A batch without a term (no label counts) is left out: its mean loss is not a number.
-        """
-        while True:
-            for parameter in self.parameters.values():
-                parameter.grad = None
-            found: list[tuple[Tensor, float]] = []
-            for batch, rows in window:
-                loss, total = self._loss(batch, rate)
-                terms = float(rows if loss.terms is None else loss.terms)
-                if not terms:
-                    continue
-                found.append((loss.mean.detach(), terms))
-                # In units of the first batch: how many terms will come is known at the end only.
-                share = terms / found[0][1] * self._loss_scale
-                torch.autograd.backward(total if share == 1 else total * share)
-            if len(found) > 1:
-                share = found[0][1] / sum(terms for _, terms in found)
-                grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-                torch._foreach_mul_(grads, share)
-            if not (found and self._scales_loss) or self._unscale():
-                return found
-
-    def _unscale(self) -> bool:
-        """Undo fp16's loss scale; False if it was too large and the step must be made again."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        torch._foreach_mul_(grads, 1 / self._loss_scale)
-        if self._loss_scale == 1 or all(bool(torch.isfinite(g).all()) for g in grads):
-            return True
-        self._loss_scale /= 2
-        return False
-
-    def _loss(self, batch: Any, rate: float) -> tuple[Loss, Tensor]:
-        """A batch's loss, alone and with what regularizers add to it."""
-        strength = self._args.jacobian_correction
-        if strength == 0:
-            loss = self._forward(batch)
-            return loss, loss.mean
-        with composed_weights(self.model) as composed:
-            loss = self._forward(batch)
-            added = jacobian_correction(loss.mean, composed, rate, strength)
-            return loss, loss.mean + added
-
-    def _forward(self, batch: Any) -> Loss:
-        with self._precision.autocast():
-            return read_loss(self.objective(self.model, batch))
-
     def _tell_of_batch_norm(self) -> None:
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm) and f"{name}.running_mean".lstrip(".") in self.shared:
@@ -364,13 +316,6 @@ class LocalTrainer:
                     name,
                 )
                 return
-
-
-def nothing_counts() -> ClientDataError:
-    """A client whose labels are all ignored."""
-    return ClientDataError(
-        "no label counts (all are -100), so there is nothing to learn from: leave the client out"
-    )
 
 
 @contextmanager

@@ -27,10 +27,10 @@ from ..errors import ArgumentsError
 from ..precision import Precision
 from ..random import torch_generator
 from ..state import Broadcast, ClientState
-from ..strategies import LocalSteps
-from .local import LocalTrainer, Turn, nothing_counts, one_row_said
-from .sgd import StackedSGD
+from .local import LocalTrainer, Turn, one_row_said
+from .optimizer_state import likeness
 from .sideeffects import SideEffects
+from .steps import CannotPauseError, Stepped, Steps
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _STACK_VALUES = 1 << 24
 _DISAGREE = 1e-2
 
 #: Arguments of :meth:`LocalTrainer.end`.
-Ended = tuple[Turn, int, float, LocalSteps, State, State]
+Ended = tuple[Turn, int, Stepped, State, State]
 
 
 class BatchedTrainer:
@@ -93,7 +93,7 @@ class BatchedTrainer:
             return "hooks would see, or miss, the stacked tensors"
         if args.jacobian_correction or args.gradient_accumulation_steps > 1 or not self._plain:
             return "it has no Jacobian correction, gradient accumulation or mixed precision"
-        return None
+        return self._local.optimizers.obstacle()
 
     def wanted(self, num_clients: int) -> bool:
         """Whether stacking so many clients is asked for, or is known to pay."""
@@ -112,13 +112,20 @@ class BatchedTrainer:
             and not hasattr(getattr(self._local.model, "config", None), "model_type")
         )
 
-    def groups(self, data: Mapping[int, Any]) -> list[list[int]]:
-        """Clients of equally many like examples, as many as are worth a stack; not the others."""
+    def groups(
+        self, data: Mapping[int, Any], states: Mapping[int, ClientState | None]
+    ) -> list[list[int]]:
+        """Clients of equally many like examples, as many as are worth a stack; not the others.
+
+        Their optimizers must be alike, too, where they are kept: torch counts their steps together.
+        """
         by_size: dict[Any, list[int]] = {}
         for client, dataset in data.items():
             if (found := tensors_of(dataset)) is not None:
                 like = tuple((t.shape[1:], t.dtype, t.device) for t in found[0])
-                by_size.setdefault((len(dataset), like), []).append(client)
+                state = states[client]
+                kept = likeness(state.optimizer) if state is not None else ()
+                by_size.setdefault((len(dataset), like, kept), []).append(client)
         most = max(1, _STACK_VALUES // max(1, self._values()))
         stacks = [
             group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)
@@ -147,7 +154,8 @@ class BatchedTrainer:
 
         Returns:
             None where they must train one after the other, and nothing has changed: a client's
-            data are refused, or the model turns out not to be one that can be stacked. With
+            data are refused, some have batches in which no label counts, which an optimizer such
+            as Adam cannot leave out, or the model turns out not to be one that can be stacked. With
             ``engine="auto"`` that is logged once, and nothing is stacked again.
 
         Raises:
@@ -164,7 +172,8 @@ class BatchedTrainer:
             if reason is None:
                 self._proven = True
                 return ended
-        except FedParaError:  # of data or loss: the sequential engine finds it, and says whose
+        # Of data or loss, which the sequential engine finds, and says whose; or steps differ.
+        except (FedParaError, CannotPauseError):
             if effects is not None:
                 effects.undo()
             return None
@@ -192,7 +201,7 @@ class BatchedTrainer:
         states: Sequence[ClientState | None],
         resting: Collection[str],
     ) -> list[Ended]:
-        local, args = self._local, self._args
+        local = self._local
         turns = [
             local.begin(c, round, broadcast, s, resting)
             for c, s in zip(clients, states, strict=True)
@@ -203,36 +212,29 @@ class BatchedTrainer:
         stack = {n: p.expand(count, *p.shape).clone() for n, p in turns[0].seen.params.items()}
         for name, tensor in local.local.items():
             stack[name] = torch.stack([state[name].to(tensor.device) for state in own])
-        rate = args.learning_rate_at(round)
-        optimizer = StackedSGD(stack, turns[0].seen.params, [t.correction for t in turns], args)
-        losses: list[Tensor] = []
-        terms: list[Tensor] = []
+        stack = {n: tensor.requires_grad_() for n, tensor in stack.items()}
+        steps = Steps(
+            local.optimizers, self._args, round, stack, turns[0].seen.params,
+            [t.correction for t in turns], [t.optimizer for t in turns], count,
+        )  # fmt: skip
+        first = True
         for batch, rows in self._batches(clients, datasets, round):
-            grads, loss, counts = self._gradients(stack, batch, rows)
-            if not self._proven and not losses:
-                self._compare([column[0] for column in batch], grads)
+            loss, counts = self._gradients(stack, batch, rows)
+            if first and not self._proven:
+                self._compare([column[0] for column in batch], stack)
+            first = False
             made = None if bool(counts.all()) else counts > 0
-            stack = optimizer.step(stack, grads, rate, made)
-            losses.append(loss if made is None else loss.where(made, 0))
-            terms.append(counts)
-        weights = torch.stack(terms).cpu().double()
-        totals = weights.sum(0)
-        if not bool(totals.all()):
-            raise nothing_counts()
-        means = ((torch.stack(losses).cpu().double() * weights).sum(0) / totals).tolist()
-        steps = (weights > 0).sum(0).tolist()
-        total = torch.as_tensor(optimizer.weights.total, dtype=torch.float64)
-        weighed = total.expand(count).tolist()
+            steps.step([(loss if made is None else loss.where(made, 0), counts)], made)
+        ended = {n: tensor.detach() for n, tensor in stack.items()}
         return [
             (
                 turn,
                 len(datasets[i]),
-                means[i],
-                LocalSteps(steps[i], rate, weighed[i]),
-                {n: stack[n][i] for n in turn.seen.params},
-                {n: stack[n][i].clone() for n in local.local},
+                stepped,
+                {n: ended[n][i] for n in turn.seen.params},
+                {n: ended[n][i].clone() for n in local.local},
             )
-            for i, turn in enumerate(turns)
+            for i, (turn, stepped) in enumerate(zip(turns, steps.final(), strict=True))
         ]
 
     def _batches(
@@ -249,22 +251,23 @@ class BatchedTrainer:
 
     def _gradients(
         self, stack: State, batch: tuple[Tensor, ...], rows: int
-    ) -> tuple[State, Tensor, Tensor]:
-        """Gradients of what has any, mean loss and number of terms of every client."""
-        live = {n: t.detach().requires_grad_() for n, t in stack.items()}
+    ) -> tuple[Tensor, Tensor]:
+        """Fill the stack's gradients; mean loss and number of terms of every client."""
 
         def one(tensors: State, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             named = {f"model.{name}": tensor for name, tensor in tensors.items()}
             found: tuple[Tensor, Tensor] = functional_call(self._loss, named, (batch, rows))
             return found
 
-        losses, terms = vmap(one)(live, batch)
-        found = torch.autograd.grad(losses.sum(), list(live.values()), allow_unused=True)
-        grads = {n: g for n, g in zip(live, found, strict=True) if g is not None}
-        return grads, losses.detach(), terms
+        losses, terms = vmap(one)(stack, batch)
+        for tensor in stack.values():
+            tensor.grad = None
+        torch.autograd.backward(losses.sum(), inputs=list(stack.values()))
+        return losses.detach(), terms
 
-    def _compare(self, batch: Sequence[Tensor], grads: State) -> None:
+    def _compare(self, batch: Sequence[Tensor], stack: State) -> None:
         """The first client's gradients against those that it has alone; the model holds it."""
+        grads = {n: t.grad[0] for n, t in stack.items() if t.grad is not None}
         parameters = {n: p for n, p in self._local.parameters.items() if p.requires_grad}
         loss, _ = self._loss(tuple(batch), len(batch[0]))
         if not bool(loss.isfinite()):
@@ -274,7 +277,7 @@ class BatchedTrainer:
         if alone.keys() != grads.keys():
             names = sorted(alone.keys() ^ grads.keys())
             raise RuntimeError(f"stacked clients train other parameters, {names[:3]}")
-        apart = sum(float((grads[n][0] - g).double().square().sum()) for n, g in alone.items())
+        apart = sum(float((grads[n] - g).double().square().sum()) for n, g in alone.items())
         size = sum(float(g.double().square().sum()) for g in alone.values())
         if apart > _DISAGREE**2 * size:
             raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")

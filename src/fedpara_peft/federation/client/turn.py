@@ -150,7 +150,11 @@ def _kept(trained: Trained, used: ClientUpdate, residual: State, strategy: Strat
     turn = trained.turn
     kept = strategy.next_kept(turn.seen, trained.active, used.update, used.extra, trained.steps)
     groups = {group: at_rest({**turn.kept.get(group, {}), **s}) for group, s in kept.items()}
-    return ClientState(at_rest(trained.local), groups, residual)
+    kept_of_optimizer = {
+        part: at_rest({**turn.optimizer.get(part, {}), **trained.optimizer.get(part, {})})
+        for part in turn.optimizer.keys() | trained.optimizer.keys()
+    }
+    return ClientState(at_rest(trained.local), groups, residual, kept_of_optimizer)
 
 
 def at_rest(state: State) -> State:

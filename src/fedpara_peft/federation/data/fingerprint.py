@@ -26,7 +26,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def settings_facts(args: FederatedArguments, strategy: Strategy) -> dict[str, Any]:
     """Arguments and strategy, by name."""
     own = {name: _ADDRESS.sub("", repr(value)) for name, value in sorted(vars(strategy).items())}
-    return {**args.described(), "strategy": [type(strategy).__name__, own]}
+    return {
+        **args.described(),
+        "rounds of the schedule": args.schedule_rounds,
+        "strategy": [type(strategy).__name__, own],
+    }
 
 
 def model_facts(state: State) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +152,18 @@ class DiskStore(ClientStore):
     def _read(self, client: int, version: int) -> ClientState:
         groups = split_groups(_read_checked(self._path(client, version)))
         local, residual = groups.pop("local", {}), groups.pop("residual", {})
-        strategy = {name.removeprefix("strategy."): state for name, state in groups.items()}
-        return ClientState(local, strategy, residual)
+        return ClientState(
+            local, _under("strategy.", groups), residual, _under("optimizer.", groups)
+        )
 
     def _write(self, client: int, version: int, state: ClientState) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(client, version)
         partial = path.with_name(f".{path.name}")
-        strategy = {f"strategy.{name}": kept for name, kept in state.strategy.items()}
-        tensors = join_groups({"local": state.local, "residual": state.residual, **strategy})
+        groups = {"local": state.local, "residual": state.residual}
+        groups.update({f"strategy.{name}": kept for name, kept in state.strategy.items()})
+        groups.update({f"optimizer.{part}": kept for part, kept in state.optimizer.items()})
+        tensors = join_groups(groups)
         whole = {n: t.contiguous() for n, t in tensors.items()}
         save_file(whole, partial, {"digest": _digest(whole)})
         os.replace(partial, path)
@@ -168,6 +171,10 @@ class DiskStore(ClientStore):
 
     def _delete(self, client: int, version: int) -> None:
         self._path(client, version).unlink(missing_ok=True)
+
+
+def _under(prefix: str, groups: Mapping[str, State]) -> dict[str, State]:
+    return {n.removeprefix(prefix): state for n, state in groups.items() if n.startswith(prefix)}
 
 
 def _read_checked(path: Path) -> State:

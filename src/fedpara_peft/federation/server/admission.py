@@ -78,19 +78,23 @@ def usable_state(
     if schema_of(parts.pop(_LOCAL)) != schema_of(local):
         found = f"the {_LOCAL} is not this model's"
     for what, part in parts.items():
-        if any(n not in shared or t.shape != shared[n].shape for n, t in part.items()):
+        if what.startswith(_OPTIMIZER):  # whose shapes are its own affair
+            if any(n not in shared and n not in local for n in part):
+                found = f"the {what} is not of this model's parameters"
+        elif any(n not in shared or t.shape != shared[n].shape for n, t in part.items()):
             found = f"the {what} is not of this model's parameters"
     if found:
         logger.warning("client %s starts anew: of what it kept, %s", name, found)
     return None if found else state
 
 
-_LOCAL = "local part"
+_LOCAL, _OPTIMIZER = "local part", "optimizer's "
 
 
 def _parts(state: ClientState) -> dict[str, State]:
     groups = {f"kept {group}": kept for group, kept in state.strategy.items()}
-    return {_LOCAL: state.local, **groups, "residual": state.residual}
+    optimizer = {f"{_OPTIMIZER}{part}": kept for part, kept in state.optimizer.items()}
+    return {_LOCAL: state.local, **groups, "residual": state.residual, **optimizer}
 
 
 def _require_finite(parts: Mapping[str, State]) -> None:

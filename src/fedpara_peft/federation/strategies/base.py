@@ -45,6 +45,8 @@ class Strategy:
     weighting: ClassVar[Literal["num_examples", "uniform"]] = "num_examples"
     #: Whether anything travels at all.
     communicates: ClassVar[bool] = True
+    #: Whether its algebra needs clients whose steps are a sum of their gradients: plain SGD.
+    sums_gradients: ClassVar[bool] = False
     #: Groups that travel down beside w_t, and up beside the update. Each group has the names,
     #: shapes and dtypes of the parameters that train in the round.
     downlink: ClassVar[tuple[str, ...]] = ()

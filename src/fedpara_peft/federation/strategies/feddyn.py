@@ -28,6 +28,7 @@ class FedDyn(Strategy):
 
     dyn_alpha: float = 0.1
     weighting: ClassVar[Literal["num_examples", "uniform"]] = "uniform"
+    sums_gradients: ClassVar[bool] = True
 
     def obstacle(self, args: FederatedArguments) -> str | None:
         """Whatever would part h from the mean of all λ_i."""

@@ -30,6 +30,7 @@ class Scaffold(Strategy):
 
     server_learning_rate: float = 1.0
     weighting: ClassVar[Literal["num_examples", "uniform"]] = "uniform"
+    sums_gradients: ClassVar[bool] = True
 
     downlink: ClassVar[tuple[str, ...]] = ("control",)
     uplink: ClassVar[tuple[str, ...]] = ("control",)

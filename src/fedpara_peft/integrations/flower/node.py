@@ -232,7 +232,10 @@ class Node:
         return store
 
     def _loses_state(self, client: int, job: Job, state: ClientState | None) -> bool:
-        return job.kept > 0 and state is None and bool(self._local.local)
+        keeps = bool(self._local.local) or (
+            self._setup.args.optimizer_state == "keep" and self._local.optimizers.has_state
+        )
+        return job.kept > 0 and state is None and keeps
 
 
 def client_folder(state_dir: str | os.PathLike[str], client: int) -> Path:

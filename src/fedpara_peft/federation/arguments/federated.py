@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
-import os
-import types
-import typing
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from ..comm.codecs import Codec, codec_names
-from .errors import ArgumentsError
+from ...comm.codecs import Codec, codec_names
+from ..errors import ArgumentsError
+from .checks import as_annotated, as_options, lies_in
+from .schedule import SCHEDULES, share_of_rate
 
 # On a command line a codec has a name; HfArgumentParser reads one type an argument.
 if TYPE_CHECKING:
@@ -27,19 +24,21 @@ _CHOICES = {
     "engine": ("auto", "sequential", "batched"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
     "on_client_error": ("refuse", "raise"),
+    "optimizer_state": ("reset", "keep"),
+    "lr_scheduler_type": SCHEDULES,
 }
 #: By interval as mathematicians write it, the arguments that lie in it (or are None).
 _INTERVALS = {
     "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "jacobian_correction",
-               "dp_noise_multiplier", "seed"),
+               "dp_noise_multiplier", "seed", "warmup_rounds"),
     "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
                "eval_batch_size", "save_total_limit", "clients_per_round"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
-    "(0, ∞)": ("learning_rate", "learning_rate_decay", "max_grad_norm", "max_update_norm",
-               "clip_update_norm"),
+    "(0, ∞)": ("learning_rate", "factor_learning_rate", "learning_rate_decay", "max_grad_norm",
+               "max_update_norm", "clip_update_norm"),
     "(0, 1]": ("client_fraction",),
     "[0, 1]": ("quorum",),
-    "[0, 1)": ("drop_out_probability", "momentum"),
+    "[0, 1)": ("drop_out_probability", "momentum", "warmup_ratio"),
     "(0, 1)": ("dp_delta",),
 }  # fmt: skip
 _CODECS = ("uplink_codec", "downlink_codec")
@@ -50,7 +49,10 @@ _NONE = {
     "max_grad_norm": "None does not clip",
     "save_total_limit": "None keeps all",
     "learning_rate_decay": "1 keeps the learning rate",
+    "factor_learning_rate": "None: learning_rate",
 }
+#: What the optimizer's options are called here, for all optimizers.
+_OWN_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay", "momentum": "momentum"}
 
 
 @dataclass
@@ -110,12 +112,62 @@ class FederatedArguments:
         default=None,
         metadata={"help": "no, fp16 or bf16; Accelerate's setting by default."},
     )
-    learning_rate: float = field(default=0.1, metadata={"help": "Clients' SGD learning rate."})
-    learning_rate_decay: float = field(
-        default=1.0, metadata={"help": "Factor on the learning rate after every round."}
+    optim: str = field(
+        default="sgd",
+        metadata={
+            "help": "Clients' optimizer: sgd, adamw, adam, adafactor, muon or another of "
+            "torch.optim, in any case."
+        },
     )
-    momentum: float = field(default=0.0, metadata={"help": "Clients' SGD momentum."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Clients' SGD weight decay."})
+    optim_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More of its options, as a mapping or as text such as "
+            "'betas=(0.9, 0.95), eps=1e-6' or JSON."
+        },
+    )
+    optimizer_state: str = field(
+        default="reset",
+        metadata={
+            "help": "reset: a client's optimizer starts anew in every round; keep: the client "
+            "keeps its state (moments) and never sends it.",
+            "choices": ["reset", "keep"],
+        },
+    )
+    learning_rate: float = field(
+        default=0.1, metadata={"help": "Clients' learning rate; the default suits sgd alone."}
+    )
+    factor_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of FedPara's factors; that of all the rest by default."},
+    )
+    learning_rate_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on the learning rates after every round, beside lr_scheduler_type."
+        },
+    )
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={
+            "help": "Course of the learning rates over the rounds after the warm-up: constant, "
+            "linear or cosine (to nothing after num_rounds).",
+            "choices": list(SCHEDULES),
+        },
+    )
+    warmup_rounds: int = field(
+        default=0, metadata={"help": "Rounds in which the learning rates rise to their value."}
+    )
+    warmup_ratio: float = field(
+        default=0.0, metadata={"help": "The same as a share of num_rounds, in [0, 1)."}
+    )
+    momentum: float = field(
+        default=0.0, metadata={"help": "Momentum of sgd and what else has it; 0: its default."}
+    )
+    weight_decay: float = field(
+        default=0.0,
+        metadata={"help": "Weight decay, as the optimizer means it: adamw's is decoupled."},
+    )
     max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clip the gradient's norm to this; None does not clip."}
     )
@@ -227,11 +279,12 @@ class FederatedArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
-        self._check_types()
+        self.optim_args = options = as_options("optim_args", self.optim_args)
+        as_annotated(self, dict.fromkeys(_CODECS, Codec))
         for interval, names in _INTERVALS.items():
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not _lies_in(value, interval):
+                if value is not None and not lies_in(value, interval):
                     hint = f"; {_NONE[name]}" if name in _NONE else ""
                     raise ArgumentsError(f"{name} must be in {interval}, got {value}{hint}")
         for name, choices in _CHOICES.items():
@@ -250,22 +303,18 @@ class FederatedArguments:
                 f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
             )
 
-    def _check_types(self) -> None:
-        """Refuse what is of another type, or make it of the annotated one where the same is meant.
-
-        A path is a string, one name is a list of it, and NumPy's numbers are Python's.
-        """
-        hints = typing.get_type_hints(type(self))
-        for name in (entry.name for entry in fields(self)):
-            kinds = typing.get_args(hints[name])
-            optional = types.NoneType in kinds
-            kind = next((k for k in kinds if k is not types.NoneType), hints[name])
-            if not optional or typing.get_origin(hints[name]) is list:
-                kind = hints[name]
-            value = getattr(self, name)
-            as_it_is = isinstance(value, Codec) and name in _CODECS
-            if not (value is None and optional) and not as_it_is:
-                setattr(self, name, _as_type(name, value, kind, optional))
+        for option in (options or {}).keys() & _OWN_OPTIONS.keys():
+            raise ArgumentsError(
+                f"optim_args has {option!r}: give it as {_OWN_OPTIONS[option]}, which all "
+                "optimizers share"
+            )
+        if self.warmup_rounds and self.warmup_ratio:
+            raise ArgumentsError("give warmup_rounds or warmup_ratio, not both")
+        if self.lr_scheduler_type != "constant" and 0 < self.num_rounds <= self._warmup:
+            raise ArgumentsError(
+                f"warmup_rounds={self.warmup_rounds} leaves nothing of num_rounds="
+                f"{self.num_rounds} for lr_scheduler_type={self.lr_scheduler_type!r}: lower it"
+            )
 
     def described(self) -> dict[str, Any]:
         """All settings as JSON has them: a codec by its text."""
@@ -283,37 +332,24 @@ class FederatedArguments:
             return self.clients_per_round
         return max(1, round((self.client_fraction or 1.0) * population))
 
-    def learning_rate_at(self, round: int) -> float:
-        """Clients' learning rate in a round, counted from 0."""
-        return self.learning_rate * self.learning_rate_decay**round
+    def learning_rate_at(self, round: int, *, factors: bool = False) -> float:
+        """Clients' learning rate in a round, counted from 0.
 
+        Args:
+            round: rounds completed.
+            factors: that of FedPara's factors.
+        """
+        own = self.factor_learning_rate if factors else None
+        rate = self.learning_rate if own is None else own
+        share = share_of_rate(self.lr_scheduler_type, round, self._warmup, self.num_rounds)
+        return rate * self.learning_rate_decay**round * share
 
-def _as_type(name: str, value: Any, kind: Any, optional: bool) -> Any:
-    """A value of an argument as its annotation has it."""
-    found = value
-    if isinstance(value, numbers.Number) and not isinstance(value, bool):
-        if kind is int and hasattr(value, "__index__"):
-            found = operator.index(value)
-        elif kind is float and isinstance(value, numbers.Real):
-            found = float(value)
-    elif kind is str and isinstance(value, os.PathLike):
-        found = os.fspath(value)
-    elif typing.get_origin(kind) is list and isinstance(value, str | list | tuple | set):
-        found = [value] if isinstance(value, str) else list(value)
-        if not all(isinstance(item, str) for item in found):
-            found = None
-    plain = typing.get_origin(kind) or kind
-    if type(found) is not plain:
-        shown = "a list of str" if plain is list else f"of type {plain.__name__}"
-        or_none = " or None" if optional else " or a Codec" if name in _CODECS else ""
-        raise ArgumentsError(
-            f"{name} must be {shown}{or_none}, got {value!r:.80} ({type(value).__name__})"
-        )
-    return found
+    @property
+    def schedule_rounds(self) -> int | None:
+        """``num_rounds`` where rates depend on it, so that a resumed run may not change it."""
+        fixed = self.lr_scheduler_type == "constant" and not self.warmup_ratio
+        return None if fixed else self.num_rounds
 
-
-def _lies_in(value: float, interval: str) -> bool:
-    low, high = interval[1:-1].split(", ")
-    above = value >= float(low) if interval[0] == "[" else value > float(low)
-    end = math.inf if high == "∞" else float(high)
-    return above and (value <= end if interval[-1] == "]" else value < end)
+    @property
+    def _warmup(self) -> int:
+        return self.warmup_rounds or math.ceil(self.warmup_ratio * self.num_rounds)

@@ -1,0 +1,5 @@
+"""The settings of a federated run."""
+
+from .federated import FederatedArguments
+
+__all__ = ["FederatedArguments"]
