@@ -81,6 +81,13 @@ def test_no_import_inside_a_function():
                 assert not inner, f"{path}: {node.name} imports inside"
 
 
+def test_a_file_holds_one_thought():
+    """No longer than what a reader keeps in mind."""
+    for path in modules().values():
+        lines = path.read_text().count("\n")
+        assert lines <= 350, f"{path} has {lines} lines: part it by thought"
+
+
 def test_a_folder_is_a_room_and_not_a_corridor():
     """No more files than a newcomer takes in at a look."""
     for folder in {path.parent for path in modules().values()}:

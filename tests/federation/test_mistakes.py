@@ -35,7 +35,7 @@ from fedpara_peft import (
         ({"weight_decay": -1}, "weight_decay must be in [0, ∞), got -1.0"),
         ({"disable_tqdm": 1}, "disable_tqdm must be of type bool, got 1"),
         ({"report_to": 3}, "report_to must be a list of str or None, got 3"),
-        ({"on_client_error": "ignore"}, "on_client_error must be one of ('refuse', 'raise')"),
+        ({"on_client_error": "ignore"}, "on_client_error must be one of ['refuse', 'raise']"),
     ],
 )
 def test_an_argument_of_another_type_or_range(changes, says):

@@ -140,7 +140,7 @@ class FederatedTrainer:
             self._channel,
             self.population.num_examples,
             ServerState(0, local.shared, buffers=local.buffers),
-            factor_blocks(model) if args.factor_schedule == "one_block" else [],
+            factor_blocks(model, args.factor_schedule),
             names,
         )
         backend: Backend = self._simulation

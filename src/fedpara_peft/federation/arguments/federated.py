@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 else:
     CodecOrName = str
 
-_CHOICES = {
-    "client_sampling": ("uniform", "weighted"),
-    "factor_schedule": ("all", "one_block"),
-    "client_store": ("auto", "memory", "disk"),
-    "engine": ("auto", "sequential", "batched"),
-    "mixed_precision": (None, "no", "fp16", "bf16"),
-    "on_client_error": ("refuse", "raise"),
-    "optimizer_state": ("reset", "keep"),
-    "lr_scheduler_type": SCHEDULES,
-}
 #: By interval as mathematicians write it, the arguments that lie in it (or are None).
 _INTERVALS = {
     "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "jacobian_correction",
@@ -110,7 +100,10 @@ class FederatedArguments:
     )
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, fp16 or bf16; Accelerate's setting by default."},
+        metadata={
+            "help": "no, fp16 or bf16; Accelerate's setting by default.",
+            "choices": ["no", "fp16", "bf16"],
+        },
     )
     optim: str = field(
         default="sgd",
@@ -287,11 +280,10 @@ class FederatedArguments:
                 if value is not None and not lies_in(value, interval):
                     hint = f"; {_NONE[name]}" if name in _NONE else ""
                     raise ArgumentsError(f"{name} must be in {interval}, got {value}{hint}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ArgumentsError(
-                    f"{name} must be one of {choices}, got {getattr(self, name)!r}"
-                )
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ArgumentsError(f"{entry.name} must be one of {choices}, got {value!r}")
         if self.client_fraction is not None and self.clients_per_round is not None:
             raise ArgumentsError("give client_fraction or clients_per_round, not both")
         if self.dp_noise_multiplier and self.clip_update_norm is None:

@@ -143,7 +143,7 @@ class LocalTrainer:
                 "all of the model is local, nothing would be communicated: name fewer "
                 "local_modules, or use strategy=LocalOnly()"
             )
-        buffers = _buffers(model)
+        buffers = persistent_buffers(model)
         self.buffers = frozenset(buffers) & self.shared.keys()
         self._tell_of_batch_norm()
         self.first_local = _clone(self.local)
@@ -347,7 +347,3 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_sub(new, old)) if new else []
-
-
-def _buffers(model: nn.Module) -> State:
-    return persistent_buffers(model)

@@ -101,7 +101,7 @@ def plan(
     shared = {n: t.to("meta") for n, t in shared.items()}  # schemas need no data
     buffers = frozenset(persistent_buffers(model)) & shared.keys()
     server = ServerState(0, shared, buffers=buffers)
-    products = factor_blocks(model) if args.factor_schedule == "one_block" else []
+    products = factor_blocks(model, args.factor_schedule)
     channel = Channel(args, strategy)
     down, up = [], []
     for number in range(args.num_rounds):

@@ -19,11 +19,12 @@ from ..errors import ArgumentsError
 logger = logging.getLogger(__name__)
 
 
-def factor_blocks(model: nn.Module) -> list[list[str]]:
+def factor_blocks(model: nn.Module, schedule: str = "one_block") -> list[list[str]]:
     """The global factors of every product, by block: the names that change together.
 
     Args:
         model: a model with FedPara adapters.
+        schedule: ``factor_schedule``; with ``"all"`` nothing takes turns.
 
     Returns:
         For each factorized weight its blocks in the order X₁, Y₁, (T₁,) X₂, Y₂, (T₂).
@@ -31,6 +32,8 @@ def factor_blocks(model: nn.Module) -> list[list[str]]:
     Raises:
         ArgumentsError: the model has no factorized weights.
     """
+    if schedule == "all":
+        return []
     names = {id(p): name for name, p in model.named_parameters()}
     shared = {name for name, scope in tensor_scopes(model).items() if scope == "global"}
     products = []

@@ -142,7 +142,7 @@ class Node:
         self._strategy = strategy
         self._channel = Channel(args, strategy)
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
-        self._products = factor_blocks(model) if args.factor_schedule == "one_block" else []
+        self._products = factor_blocks(model, args.factor_schedule)
         self._data: dict[int, Any] = {}
         self._turns = Turns(args, self._channel, strategy, range(2**31))
         everything = {**self._local.shared, **self._local.local}

@@ -114,7 +114,7 @@ class FederationServer:
             Channel(args, strategy),
             num_examples,
             ServerState(0, local.shared, buffers=local.buffers),
-            factor_blocks(self._model) if args.factor_schedule == "one_block" else [],
+            factor_blocks(self._model, args.factor_schedule),
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         backend = FlowerBackend(grid, args, rounds, num_examples, setup.deadline_s, expected)
