@@ -3,7 +3,7 @@
     python benchmarks/engines.py [--quick] [--device cuda]
 
 An MLP 784-200-10 whose first layer is FedPara of rank r, or dense; clients of 80 random examples,
-batch 10, one epoch; one thread. Rounds of both engines in turn, medians of paired ratios.
+batch 10, one epoch; one thread. Runs of both engines in turn, medians of paired rounds' ratios.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from typing import Any
 
 import torch
-from measure import synchronize
 from peft import get_peft_model
 from report import ask_device, table, write
 from torch import nn
@@ -24,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 from fedpara_peft import FederatedArguments, FederatedTrainer, FedParaConfig
 
-ROUNDS = 9
+ROUNDS, REPEATS = 5, 3
 
 
 def build(r: int | None) -> nn.Module:
@@ -41,31 +39,22 @@ def case(r: int | None, cohort: int, rounds: int) -> dict[str, Any]:
     """Both engines on the same work."""
     torch.manual_seed(0)
     data = [TensorDataset(torch.randn(80, 784), torch.randint(10, (80,))) for _ in range(cohort)]
-    folder = tempfile.mkdtemp()
 
     def trainer(engine: str) -> FederatedTrainer:
         args = FederatedArguments(
-            folder, per_client_batch_size=10, engine=engine, disable_tqdm=True
-        )
+            tempfile.mkdtemp(), num_rounds=rounds + 1, per_client_batch_size=10, engine=engine,
+            disable_tqdm=True,
+        )  # fmt: skip
         return FederatedTrainer(build(r), args, data)
 
-    runs: dict[str, list[Any]] = {}
-    for engine in ("sequential", "batched"):
-        run = trainer(engine)
-        runs[engine] = [run, run._start(None)[0]]
-    automatic = trainer("auto")._batched
     ratios, sequential = [], []
-    for number in range(rounds + 1):
-        seconds = {}
-        for engine, run in runs.items():
-            synchronize()
-            start = time.perf_counter()
-            run[1], _ = run[0]._round(run[1])
-            synchronize()
-            seconds[engine] = time.perf_counter() - start
-        if number:  # the first round warms up
-            ratios.append(seconds["batched"] / seconds["sequential"])
-            sequential.append(seconds["sequential"])
+    for _ in range(REPEATS):
+        runs = [trainer(engine).train() for engine in ("sequential", "batched")]
+        pairs = list(zip(*([report.seconds for report in run] for run in runs), strict=True))
+        for alone, stacked in pairs[1:]:  # the first round warms up
+            ratios.append(stacked / alone)
+            sequential.append(alone)
+    automatic = trainer("auto")._simulation.stacked
     return {
         "model": "dense" if r is None else f"FedPara, r = {r}",
         "values": sum(p.numel() for p in build(r).parameters() if p.requires_grad),

@@ -217,8 +217,8 @@ def test_an_objective_of_ones_own_is_for_one_client_at_a_time(tmp_path):
     with pytest.raises(ArgumentsError, match="batched' is not possible: FedSAM has a local loss"):
         trainer(tmp_path, FedSAM(), engine="batched")
     run = trainer(tmp_path, FedSAM(), engine="auto")
-    assert run._simulation._stacked is None
-    assert trainer(tmp_path, LocalOnly(), engine="auto")._simulation._stacked is not None
+    assert run._simulation.stacked is None
+    assert trainer(tmp_path, LocalOnly(), engine="auto")._simulation.stacked is not None
 
 
 def test_what_a_local_loss_returns_is_read_as_compute_losses(tmp_path):

@@ -52,13 +52,14 @@ class Simulation:
         self._args = args
         self._population = population
         self._local = local
-        self._stacked = stacked
+        self.stacked = stacked
         self._turns = turns
         self._evaluator = evaluator
         self._crew = crew
         self.names: Sequence[Any] = population.names
         self.num_examples: Sequence[int] = population.num_examples
         self.store = self._opened()
+        self._saved: frozenset[int] = frozenset()
 
     def facts(self) -> dict[str, Any]:
         """Who the clients are, and what their data look like."""
@@ -73,6 +74,7 @@ class Simulation:
             disk.rollback(server.round) if server.round else disk.clear()
 
         self._crew.on_main(step_back)
+        self._saved = frozenset(saved)
         self.store = self._opened()
 
     def send(self, opened: OpenRound) -> Collection[int]:
@@ -93,15 +95,16 @@ class Simulation:
             opened: the round.
             encode: whether payloads are needed, not their lengths alone.
         """
-        self._local.rest(opened.resting)
-        try:
+        with self._local.at_work(opened.resting):
             yield from self._each(clients, opened, encode)
-        finally:
-            self._local.rest(())
 
     def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
         """As :class:`~.backend.Backend` has it."""
-        self.store.prune(needed, opened.cohort, owner=self._crew.is_main)
+        saved = frozenset(needed) - {report.round}
+        # Where the checkpoints have changed, everybody's states are looked through.
+        touched = opened.cohort if saved == self._saved else None
+        self._saved = saved
+        self.store.prune(needed, touched, owner=self._crew.is_main)
 
     def commit(self) -> None:
         """As :class:`~.backend.Backend` has it."""
@@ -142,7 +145,7 @@ class Simulation:
         states: dict[int, ClientState | None] = {}
         ended: dict[int, Any] = {}
         shares: dict[int, float] = {}
-        stacked = self._stacked
+        stacked = self.stacked
         if stacked is not None and stacked.wanted(len(clients)):
             data = {client: self._population.train[client] for client in clients}
             states = {client: self._kept(client) for client in clients}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...tuner.jacobian import composed_weights, jacobian_correction
 from ..arguments import FederatedArguments
 from ..data.loss import Loss, LossFunction, read_loss
+from ..errors import ClientDataError
 from ..precision import Precision
 
 _FIRST_LOSS_SCALE = 2.0**16
@@ -101,3 +103,17 @@ class Gradients:
     def _forward(self, batch: Any) -> Loss:
         with self._precision.autocast():
             return read_loss(self._compute_loss(self._model, batch))
+
+
+@contextmanager
+def one_row_said() -> Iterator[None]:
+    """Batch norm's refusal to normalize one value, as an error of the data."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ClientDataError(
+            "batch norm cannot train on a batch of one row: raise per_client_batch_size, leave "
+            "clients of one row out, or use group norm"
+        ) from error

@@ -21,12 +21,12 @@ from ...tuner.scope import factor_names, persistent_buffers
 from ..arguments import FederatedArguments
 from ..data.batches import Collator, LastBatch, batches, count_rows
 from ..data.loss import LossFunction
-from ..errors import ArgumentsError, ClientDataError, about
+from ..errors import ArgumentsError, about
 from ..precision import Precision
-from ..random import derived_seed, seeded, torch_generator
+from ..random import derived_seed, preserved, reseed, torch_generator
 from ..state import Broadcast, ClientState, ClientUpdate
 from ..strategies import Correction, LocalSteps, Objective, Strategy
-from .gradients import Gradients
+from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
 from .steps import Stepped, Steps
@@ -179,10 +179,17 @@ class LocalTrainer:
         normalizes = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
         return "merge" if normalizes else "keep"
 
-    def rest(self, names: Collection[str]) -> None:
-        """Train everything but these parameters from now on."""
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name not in names)
+    @contextmanager
+    def at_work(self, resting: Collection[str]) -> Iterator[None]:
+        """While clients train: these parameters rest, and the global generators are put back."""
+        try:
+            for name in resting:
+                self.parameters[name].requires_grad_(False)
+            with preserved(self._accelerator.device):
+                yield
+        finally:
+            for name in resting:
+                self.parameters[name].requires_grad_(True)
 
     def train(
         self,
@@ -201,7 +208,7 @@ class LocalTrainer:
             round: rounds completed, for the learning rate and the derived randomness.
             broadcast: what the client received.
             state: what it kept from its last round.
-            resting: names that do not train this round (see :meth:`rest`) and are not sent.
+            resting: names that do not train this round (see :meth:`at_work`) and are not sent.
 
         Returns:
             What it has to send, and what it may keep; see :func:`~.turn.deliver`.
@@ -285,9 +292,9 @@ class LocalTrainer:
         )  # fmt: skip
         self.gradients.begin(args.learning_rate_at(round, factors=True))
         self.model.train()
-        # Dropout, transforms and collators draw from the global generators.
-        seed = derived_seed(args.seed, round, client, "training")
-        with seeded(seed, self._accelerator.device), one_row_said():
+        # Dropout, transforms and collators draw from the global generators; see at_work.
+        reseed(derived_seed(args.seed, round, client, "training"), self._accelerator.device)
+        with one_row_said():
             for epoch in range(args.num_local_epochs):
                 order = torch_generator(args.seed, round, client, f"batches {epoch}")
                 for window in self._windows(dataset, order):
@@ -316,20 +323,6 @@ class LocalTrainer:
                     name,
                 )
                 return
-
-
-@contextmanager
-def one_row_said() -> Iterator[None]:
-    """Batch norm's refusal to normalize one value, as an error of the data."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ClientDataError(
-            "batch norm cannot train on a batch of one row: raise per_client_batch_size, leave "
-            "clients of one row out, or use group norm"
-        ) from error
 
 
 def _only(state: State, names: Collection[str]) -> State:

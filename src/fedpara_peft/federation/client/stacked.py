@@ -27,7 +27,8 @@ from ..errors import ArgumentsError
 from ..precision import Precision
 from ..random import torch_generator
 from ..state import Broadcast, ClientState
-from .local import LocalTrainer, Turn, one_row_said
+from .gradients import one_row_said
+from .local import LocalTrainer, Turn
 from .optimizer_state import likeness
 from .sideeffects import SideEffects
 from .steps import CannotPauseError, Stepped, Steps

@@ -179,11 +179,8 @@ class Node:
         data = self._dataset(client)
 
         def train() -> Trained:
-            self._local.rest(resting)
-            try:
-                return self._local.train(client, data, job.round, broadcast, state, resting)
-            finally:
-                self._local.rest(())
+            with local.at_work(resting):
+                return local.train(client, data, job.round, broadcast, state, resting)
 
         outcome = self._turns.take(client, job.round, train, store, encode=True)
         if outcome.refused is not None:
