@@ -25,7 +25,7 @@ from tests.layer_kinds import (
 from tests.zoo import randomize
 from torch import nn
 
-from fedpara_peft import FedParaConfig, fedpara_summary
+from fedpara_peft import FedParaConfig, FedParaLayer, fedpara_summary
 from fedpara_peft.maths.compose import compose
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06}
@@ -360,3 +360,23 @@ def test_replaced_mode_frees_the_dense_weight():
     assert after == 4 * (2 * 23 * 1024 + 512) < 0.19 * before
     assert all(m.get_base_layer()._parameters["weight"] is None for m in adapted.base_model.model)
     assert adapted.base_model.model[0].weight.shape == (512, 512)  # composed on demand
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_layer_says_whose_it_is(name):
+    build, _ = KINDS[name]
+    model = get_peft_model(nn.Sequential(build()), FedParaConfig(r=2, target_modules=["0"]))
+    (status,) = model.get_layer_status()
+    layer = model.base_model.model[0]
+    assert status.module_type == f"fedpara.{type(layer).__name__}"
+    assert repr(layer).startswith("fedpara.")
+
+
+def test_nothing_of_ours_is_hidden_by_torchs_module():
+    """The parts of a layer stand behind ``nn.Module``, whose methods go before theirs."""
+    classes = FedParaLayer.__mro__
+    behind = [c for c in classes[classes.index(nn.Module) + 1 :] if c.__module__.startswith("fedp")]
+    assert behind
+    for part in behind:
+        hidden = {n for n in vars(part) if callable(getattr(part, n)) and n in vars(nn.Module)}
+        assert not hidden - {"__init__", "__getattr__"}, (part, hidden)

@@ -23,7 +23,7 @@ from .factors import FactorHolder
 from .merged import MergedLayer
 from .mixed_batch import BASE, UnreadableWeight, check_names
 from .scaled import ScaledLayer
-from .switches import SwitchedLayer
+from .switches import ShownModule, SwitchedLayer
 
 #: What a kind says of its forward pass, and inherits with it alone.
 _OF_THE_FORWARD = ("mixes_adapters", "lora_factors", "loha_factors", "supports_lora_conversion")
@@ -38,7 +38,7 @@ class ComposedWeight:
     recompose: Callable[[Sequence[Half]], Tensor]
 
 
-class FedParaLayer(nn.Module, FactorHolder, MergedLayer, ScaledLayer, SwitchedLayer):
+class FedParaLayer(ShownModule, FactorHolder, MergedLayer, ScaledLayer, SwitchedLayer):
     """A layer whose weights are factorized.
 
     Args:

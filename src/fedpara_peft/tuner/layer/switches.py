@@ -11,6 +11,21 @@ from torch import nn
 from ..errors import ReplacedWeightError
 
 
+class ShownModule(nn.Module):
+    """A module that shows itself as PEFT's own layers do.
+
+    Apart from the other parts, which stand behind ``nn.Module`` and would be hidden by it.
+    """
+
+    def __repr__(self) -> str:
+        """With the method's name, which ``get_layer_status()`` shows."""
+        return "fedpara." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """Name the quantization back-end."""
+        return quantization_extra_repr(self)
+
+
 class SwitchedLayer(BaseTunerLayer):
     """Part of :class:`~fedpara_peft.tuner.layer.FedParaLayer`: PEFT's switches."""
 
@@ -54,14 +69,6 @@ class SwitchedLayer(BaseTunerLayer):
             )
         super().delete_adapter(adapter_name)
         self._zeroed.pop(adapter_name, None)
-
-    def __repr__(self) -> str:
-        """As PEFT's own layers: ``get_layer_status()`` shows the method's name."""
-        return "fedpara." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        """Name the quantization back-end."""
-        return quantization_extra_repr(self)
 
     def _refuse_if_replaced(self, what: str, instead: str) -> None:
         if self.replaced:
