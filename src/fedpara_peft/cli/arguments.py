@@ -22,14 +22,6 @@ def new_parser(
     return parser
 
 
-def in_units(num_bytes: float) -> str:
-    """Bytes as a reader takes them in, in powers of 1000."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.2f} {unit}"
-    return f"{num_bytes:,.0f} bytes"
-
-
 def duration(seconds: float) -> str:
     """A time as a reader takes it in."""
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):

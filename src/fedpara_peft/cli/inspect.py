@@ -10,11 +10,12 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from ..comm.ledger import shown_bytes
 from ..comm.state import LOCAL_WEIGHTS_NAME
 from ..tuner._peft import WRAPPER_PREFIX
 from ..tuner.config import FedParaConfig
 from ..tuner.layer import FACTOR_CONTAINER
-from .arguments import in_units, new_parser
+from .arguments import new_parser
 from .hub import adapter_config, adapter_folder
 
 _EXAMPLES = """\
@@ -142,7 +143,7 @@ def _sizes(own: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[str, str]:
             count *= size
         values += count
         num_bytes += count * _BYTES.get(dtype, 1)
-    return f"{values:,}", in_units(num_bytes)
+    return f"{values:,}", shown_bytes(num_bytes)
 
 
 def _notes(config: Any, folder: Path) -> list[str]:

@@ -9,14 +9,14 @@ from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 
 from ..comm.codecs import codec_names
-from ..comm.ledger import PAPER_MEGABITS_PER_S
+from ..comm.ledger import PAPER_MEGABITS_PER_S, shown_bytes
 from ..federation.arguments import FederatedArguments
 from ..federation.server.plan import Plan, plan
 from ..federation.strategies import STRATEGIES
 from ..maths.parameterizations import PARAMETERIZATIONS
 from ..tuner.config import FedParaConfig
 from ..tuner.summary import fedpara_summary
-from .arguments import duration, in_units, new_parser
+from .arguments import duration, new_parser
 from .errors import CommandError
 from .hub import empty_model, load_model_config
 
@@ -151,11 +151,13 @@ def _print_bytes(planned: Plan, dense: Plan, rounds: int) -> None:
     if not rounds:
         return
     cohort = planned.cohort_size
-    print(f"a client and round: {in_units(down / rounds)} down, {in_units(up / rounds)} up")
+    print(f"a client and round: {shown_bytes(down / rounds)} down, {shown_bytes(up / rounds)} up")
     print(
-        f"a round:            {in_units(cohort * down / rounds)} down, "
-        f"{in_units(cohort * up / rounds)} up"
+        f"a round:            {shown_bytes(cohort * down / rounds)} down, "
+        f"{shown_bytes(cohort * up / rounds)} up"
     )
     total, whole = planned.total_bytes, dense.total_bytes
-    share = f", the dense model sent alike {in_units(whole)} ({total / whole:.1%})" if whole else ""
-    print(f"the run:            {in_units(total)}{share}")
+    share = (
+        f", the dense model sent alike {shown_bytes(whole)} ({total / whole:.1%})" if whole else ""
+    )
+    print(f"the run:            {shown_bytes(total)}{share}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ _BESIDE = (
 _PACKAGES = ("fedpara-peft", "torch", "peft", "transformers", "accelerate")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run's numbers depend on."""
     found = {"python": platform.python_version()}
