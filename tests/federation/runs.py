@@ -75,6 +75,7 @@ VARIANTS = {
     "batched": {"engine": "batched"},
     # Runs are compared with each other: the noise's seed, secret and drawn anew for each, is given.
     "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1, "dp_noise_seed": 7},
+    "seeded": {},
     "diverge": {"learning_rate": 1e30, "quorum": 0.5},
     "keep": {
         "optim": "adamw", "learning_rate": 0.01, "optimizer_state": "keep", "momentum": 0.0,
@@ -109,7 +110,7 @@ def run(folder, strategy, parameterization, rounds, variant=None):
     if parameterization != "dense":
         config = FedParaConfig(
             r=3,
-            base_weight="replaced",
+            base_weight="seeded" if variant == "seeded" else "replaced",
             parameterization=parameterization,
             target_modules=["0", "3"],
         )

@@ -198,7 +198,12 @@ def test_a_failed_round_takes_its_clients_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [("Scaffold", "pfedpara"), ("FedAdam", "fedpara"), ("FedAvg", "pfedpara", "keep")]
+    "case",
+    [
+        ("Scaffold", "pfedpara"),
+        ("FedAdam", "fedpara", "seeded"),
+        ("FedAvg", "pfedpara", "keep"),
+    ],
 )
 def test_killed_and_resumed(tmp_path, case):
     """A real process that dies of SIGKILL; ``benchmarks/kill_resume.py`` does it more often."""

@@ -10,14 +10,14 @@ from fedpara_peft import FederatedArguments, FedParaConfig, partition
 CLIENTS = 3
 
 
-def model_fn():
+def model_fn(base_weight="replaced"):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2),
         nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4),
     )  # fmt: skip
     config = FedParaConfig(
-        r=3, base_weight="replaced", parameterization="pfedpara", target_modules=["0", "4"]
+        r=3, base_weight=base_weight, parameterization="pfedpara", target_modules=["0", "4"]
     )
     return get_peft_model(model, config)
 

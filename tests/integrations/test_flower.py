@@ -1,6 +1,7 @@
 """Flower: the same run as the simulation's, bit for bit, whoever fails to answer."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -195,6 +196,22 @@ def test_the_result_is_the_simulations(tmp_path, strategy, more):
     trainer = simulate(tmp_path, strategy, **more)
     assert_same(tmp_path, trainer)
     assert_same_clients(tmp_path, trainer)
+
+
+def test_a_seeded_base_is_drawn_on_each_node_and_never_sent(tmp_path, monkeypatch):
+    plain = run(tmp_path / "replaced", save_every=1)
+    monkeypatch.setattr(task, "model_fn", functools.partial(task.model_fn, "seeded"))
+    grid = run(tmp_path, save_every=1)
+    trainer = simulate(tmp_path)
+    assert_same(tmp_path, trainer)
+    assert_same_clients(tmp_path, trainer)
+    base = task.model_fn().base_model.model[0].get_base_layer().weight.detach().numpy().tobytes()
+    sent = [payload_of(m) for m in grid.wire if "payload" in m.content]
+    assert sent
+    assert not any(base[:64] in payload for payload in sent)
+    assert [len(p) for p in sent] == [
+        len(payload_of(m)) for m in plain.wire if "payload" in m.content
+    ]
 
 
 def payload_of(message):

@@ -102,5 +102,5 @@ def test_first_step_of_an_identity_start(name, kernel):
         after = [Half(next(moved), next(moved), next(moved) if kernel else None) for _ in halves]
         step = -compose(after, name).detach() / eta
         ratios.append(float((step * gradient).sum() / gradient.square().sum()))
-    expected = 1 / (27 * fan_in) if name == "fedpara" else r / (3 * fan_in)
+    expected = (2 if name == "fedpara" else 1) * r / (3 * fan_in)
     assert sum(ratios) / len(ratios) == pytest.approx(expected, rel=0.15)

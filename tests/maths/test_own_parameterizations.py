@@ -119,7 +119,7 @@ def test_a_fresh_weight_has_the_variance_that_was_asked_for(name):
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 @pytest.mark.parametrize("name", OWN)
 def test_first_step_of_an_identity_start(name, kernel):
-    """As for the package's own; a product goes as far as LoHa, a single half as LoRA."""
+    """As for the package's own: as far as a LoRA of as many values."""
     m, n, r = 60, 30, 4
     fan_in = n * (9 if kernel else 1)
     std = identity_start_std(r, fan_in, name, kernel=bool(kernel))
@@ -135,7 +135,8 @@ def test_first_step_of_an_identity_start(name, kernel):
         after = [Half(next(moved), next(moved), next(moved) if kernel else None) for _ in parts]
         step = -compose(after, name).detach() / eta
         ratios.append(float((step * gradient).sum() / gradient.square().sum()))
-    expected = r / (3 * fan_in) if name == "square" else 1 / (27 * fan_in)
+    values = {"three": 3 * r, "personal three": 2 * r}.get(name, r)
+    expected = values / (3 * fan_in)
     assert sum(ratios) / len(ratios) == pytest.approx(expected, rel=0.25)
 
 

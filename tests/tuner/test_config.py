@@ -26,7 +26,7 @@ from fedpara_peft import ConfigError, FedParaConfig, FedParaError
         ({"compute_path": "khatri_rao", "nonlinearity": "tanh"}, "'tanh'.*compute_path='auto'"),
         ({"bias": "lora_only"}, "bias must be one of"),
         ({"rank_dropout": 1.5}, r"rank_dropout must be in \[0, 1\]"),
-        ({"init_weights": "gaussian"}, "init_weights must be True or False"),
+        ({"init_weights": "gaussian"}, "init_weights must be True, False or one of"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, "target_modules as a list"),
         ({"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
         ({"gamma": "0.1"}, "gamma must be a finite number, got '0.1'"),
@@ -61,6 +61,17 @@ from fedpara_peft import ConfigError, FedParaConfig, FedParaError
         ({"base_weight": "replaced", "bias": "all"}, "every bias is trained"),
         ({"base_weight": "replaced", "rank_dropout": 0.1}, "put nn.Dropout in the model"),
         ({"base_weight": "replaced", "init_weights": False}, "no identity to start from"),
+        (
+            {"base_weight": "seeded", "alpha": 4},
+            "no meaning with base_weight='seeded'.*leave alpha",
+        ),
+        ({"base_weight": "seeded", "nonlinearity": "tanh"}, "same base on every machine"),
+        ({"base_weight": "seeded", "response": 0}, "response must be positive, got 0"),
+        ({"base_seed": 1.5}, "base_seed must be an integer"),
+        ({"init_weights": "abba", "parameterization": "lowrank"}, "is a start of W₁ ⊙ W₂"),
+        ({"init_weights": "loha", "nonlinearity": "tanh"}, "is a start of W₁ ⊙ W₂"),
+        ({"use_rslora": True}, "use_rslora=True scales by alpha"),
+        ({"use_rslora": 1, "alpha": 2}, "use_rslora must be True or False"),
     ],
 )
 def test_refusals(fields, says):

@@ -85,9 +85,9 @@ def _from_loha(source: Path, args: argparse.Namespace) -> Any:
 def _from_fedpara(source: Path, config: FedParaConfig, args: argparse.Namespace) -> Any:
     if args.to == "fedpara":
         raise CommandError(f"{args.source} is a FedPara adapter already")
-    if config.base_weight == "replaced":
+    if config.from_scratch:
         raise CommandError(
-            f"{args.source} has base_weight='replaced': there is no base weight that a "
+            f"{args.source} has base_weight={config.base_weight!r}: there is no base weight that a "
             f"{args.to} could be added to; use fedpara merge"
         )
     if args.base is None:

@@ -80,7 +80,7 @@ def _settings(config: Any) -> dict[str, Any]:
     always = ("parameterization", "base_weight", "r", "gamma")
     hidden = {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-        "revision", "inference_mode", "target_modules",
+        "revision", "inference_mode", "target_modules", "base_digest",
     }  # fmt: skip
     shown = {name: getattr(config, name) for name in always}
     if config.gamma is None:
@@ -162,7 +162,9 @@ def _notes(config: Any, folder: Path) -> list[str]:
             else "Without a client's own (save_local, load_local) the model is the shared one."
         )
         notes.append(f"local, so not in this adapter: {' and '.join(personal)}. {found}")
-    if config.base_weight == "replaced":
+    if config.base_weight == "seeded":
+        notes.append("its base weights follow from base_seed: merging needs only a configuration.")
+    elif config.from_scratch:
         notes.append("the base model's weights are in it: merging needs only its configuration.")
     else:
         notes.append("the base model's weights are not in it: using it needs the base model.")

@@ -28,8 +28,8 @@ examples:
   # pFedPara: one client's own model
   fedpara merge ./shared --local ./mine --base ./my-model --output ./merged-mine
 
-The result needs neither this package nor PEFT. With base_weight="replaced" the base's weights are
-not read, only its configuration.
+The result needs neither this package nor PEFT. Of a model trained from scratch (base_weight
+"replaced" or "seeded") only the base's configuration is read, not its weights.
 """
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     config = adapter_config(folder)
     if not isinstance(config, FedParaConfig):
         raise CommandError(f"{args.adapter} is no FedPara adapter: merge it with PEFT itself")
-    if config.base_weight == "replaced":
+    if config.from_scratch:
         base = random_model(load_model_config(args.base, "--base"))
     else:
         base = load_model(args.base, "--base")

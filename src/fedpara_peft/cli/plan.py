@@ -52,8 +52,8 @@ def add_parser(commands: Any) -> None:
     rank.add_argument("--r", type=int, default=8, help="inner rank (default: 8)")
     rank.add_argument("--gamma", type=float, help="rank ratio in [0, 1], instead of --r")
     parser.add_argument(
-        "--base-weight", choices=("frozen", "replaced"), default="frozen",
-        help="frozen: fine-tune; replaced: train from scratch (default: frozen)",
+        "--base-weight", choices=("frozen", "replaced", "seeded"), default="frozen",
+        help="frozen: fine-tune; replaced, seeded: train from scratch (default: frozen)",
     )  # fmt: skip
     parser.add_argument(
         "--target-modules", default="all-linear", metavar="NAMES",

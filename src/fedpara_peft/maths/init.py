@@ -83,12 +83,12 @@ def identity_start_std(
     """Std of the factors beside a frozen weight, where one factor starts at zero (ΔW = 0).
 
     Nothing is composed yet whose variance could be matched; what the factors set is how far ΔW
-    goes in the first step of size η on a gradient G. fedpara goes as far as PEFT's LoHa,
-    ``η G / 27 N``, the others as far as a LoRA of rank r, ``η G r / 3 N``, so that learning rates
-    carry over:
+    goes in the first step of size η on a gradient G. It goes as far as that of a LoRA of the same
+    size (rank 2r for fedpara, r for the others), whose A is Kaiming-uniform as PEFT draws it and
+    whose B is zero, so that LoRA's learning rates carry over, SGD's and Adam's:
 
-        r² σ⁶ = 1 / 27 N    fedpara, matrix         r σ² = r / 3 N      others, matrix
-        r⁴ σ¹⁰ = 1 / 27 N   fedpara, kernel         r² σ⁴ = r / 3 N     others, kernel
+        r² σ⁶ = 2r / 3N     fedpara, matrix         r σ² = r / 3N      others, matrix
+        r⁴ σ¹⁰ = 2r / 3N    fedpara, kernel         r² σ⁴ = r / 3N     others, kernel
 
     Args:
         r: inner rank.

@@ -4,6 +4,7 @@ from ._peft import hook_into_cards, register
 from .card import write_card
 from .config import FedParaConfig
 from .convert import loha_to_fedpara, save_as_loha, save_as_lora
+from .decay import composed_weight_decay
 from .jacobian import composed_weights, jacobian_correction
 from .layer import FedParaLayer
 from .model import FedParaModel
@@ -16,6 +17,7 @@ __all__ = [
     "FedParaConfig",
     "FedParaLayer",
     "FedParaModel",
+    "composed_weight_decay",
     "composed_weights",
     "fedpara_summary",
     "jacobian_correction",

@@ -160,10 +160,10 @@ def _join_mixed_model(config_cls: Any, model_cls: Any, layer_cls: type) -> None:
 
     def _create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, config_cls):
-            if config.base_weight == "replaced":
+            if config.from_scratch:
                 raise ConfigError(
-                    "PeftMixedModel adds adapters to a base weight: base_weight='replaced' has "
-                    "none; use base_weight='frozen'"
+                    "PeftMixedModel adds adapters to a pretrained weight: "
+                    f"base_weight={config.base_weight!r} has none; use base_weight='frozen'"
                 )
             model_cls._create_and_replace(self, config, *args, **kwargs)
         else:
@@ -191,10 +191,10 @@ def _join_helpers(layer_cls: Any) -> None:
         """Layers with a ``scaling``, for ``rescale_adapter_scale``."""
 
         def __instancecheck__(cls, module: Any) -> bool:
-            if isinstance(module, layer_cls) and module.replaced:
+            if isinstance(module, layer_cls) and module.from_scratch:
                 raise ReplacedWeightError(
-                    "rescale_adapter_scale is not possible: base_weight='replaced', there is no W₀ "
-                    "to scale against"
+                    "rescale_adapter_scale is not possible: the model trains from scratch, there "
+                    "is no W₀ to scale against"
                 )
             return isinstance(module, LoraLayer | layer_cls)
 

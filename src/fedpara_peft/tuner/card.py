@@ -143,8 +143,10 @@ def _loading(name: str, config: FedParaConfig, base_model: Any) -> str:
     if isinstance(base_model, str):
         lines.append(f"from transformers import {auto}\n")
         lines.append(f'base = {auto}.from_pretrained("{base_model}")')
-    elif config.base_weight == "replaced":
-        lines.append("\nbase = ...  # the plain model; its weights are all in the adapter")
+    elif config.from_scratch:
+        lines.append(
+            "\nbase = ...  # the plain model, with any weights: the adapter brings its own"
+        )
     else:
         lines.append("\nbase = ...  # the plain model the adapter was trained on, with its weights")
     where = "" if name == "default" else f', subfolder="{name}"'

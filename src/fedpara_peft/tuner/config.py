@@ -15,10 +15,11 @@ from peft import PeftConfig, TaskType
 from ..maths.errors import RankError
 from ..maths.parameterizations import PARAMETERIZATIONS, Parameterization, get_parameterization
 from ..maths.rank import check_gamma, check_rank
+from ..maths.starts import STARTS, Start
 from ._peft import FEDPARA
 from .errors import ConfigError
 
-BaseWeight = Literal["frozen", "replaced"]
+BaseWeight = Literal["frozen", "replaced", "seeded"]
 Bias = Literal["none", "all", "fedpara_only"]
 ComputePath = Literal["auto", "compose", "khatri_rao"]
 
@@ -33,18 +34,26 @@ ALL_SUPPORTED = "all-supported"
 class FedParaConfig(PeftConfig):
     """Configuration of FedPara adapters (arXiv:2108.06098).
 
-    Two worlds: ``base_weight="frozen"`` adds to a pretrained weight, ``W = W₀ + (alpha/r) ΔW``;
-    ``base_weight="replaced"`` trains from scratch with ``W`` composed from factors alone, the rest
-    of the model (biases, norms, layers left dense, buffers) trained and saved with it.
+    Two worlds. ``base_weight="frozen"`` adds to a pretrained weight, ``W = W₀ + (alpha/r) ΔW``.
+    From scratch, with the rest of the model (biases, norms, layers left dense, buffers) trained and
+    saved too: ``"replaced"`` composes W from factors alone, as the paper does; ``"seeded"`` has
+    ``W = (W_seed - P(θ₀)) + P(θ)``, which begins as a dense weight and is sent and saved as factors
+    all the same, because base and θ₀ are drawn from ``base_seed`` wherever they are needed.
 
     Args:
-        r: inner rank of every factorized weight (each of the two halves has rank r). In replaced
-            mode a weight whose factors would outnumber it stays dense.
+        r: inner rank of every factorized weight (each of the two halves has rank r). From scratch
+            a weight whose factors would outnumber it stays dense.
         gamma: rank ratio γ in [0, 1]. When set, each weight's rank is
             ``⌈(1 - γ) r_min + γ r_max⌉`` and ``r`` is not used. ``lowrank`` then takes the least
             rank that reaches FedPara's parameter count in that weight.
         alpha: numerator of the frozen mode's scale ``alpha / r``; None means scale 1.
-        base_weight: ``"frozen"`` or ``"replaced"``.
+        use_rslora: scale by ``alpha / √r`` instead (rank-stabilized, arXiv:2312.03732).
+        base_weight: ``"frozen"``, ``"replaced"`` or ``"seeded"``.
+        base_seed: what the seeded mode's base and first factors are drawn from, by layer name.
+        response: in seeded mode, how far one SGD step moves a factorized weight, where a dense one
+            has 1; the variance of the first factors follows from it, layer by layer.
+        base_digest: of the seeded bases, by layer; filled in when they are drawn, compared when the
+            adapter is loaded.
         parameterization: ``"fedpara"`` (W₁ ⊙ W₂), ``"pfedpara"`` (W₁ ⊙ (W₂ + 1), W₂ local to the
             client), ``"lowrank"`` (X Yᵀ, Tucker-2 for kernels), or another that is registered in
             ``fedpara_peft.maths.parameterizations``.
@@ -59,8 +68,11 @@ class FedParaConfig(PeftConfig):
         rank_dropout: in training, probability of dropping an output feature of ΔW; kept ones are
             divided by ``1 - rank_dropout``.
         module_dropout: in training, probability of skipping ΔW in a forward pass.
-        init_weights: True starts the frozen mode as the identity and gives replaced weights their
-            documented variance; False starts the frozen mode with a random ΔW.
+        init_weights: how the frozen mode starts. True: ΔW = 0, and the first step goes as far as
+            that of a LoRA of rank 2r, so that LoRA's learning rates fit. ``"loha"``, ``"lycoris"``,
+            ``"abba"``: ΔW = 0 with factors as PEFT's LoHa, as LyCORIS, as ABBA draws them
+            (fedpara without tanh alone; ``"abba"`` takes the singular vectors of W₀). False: a
+            random ΔW. From scratch there is one start.
         target_modules: names, a regex, ``"all-linear"``, or ``"all-supported"`` for every layer
             kind that can be factorized.
         exclude_modules: names or a regex of modules to leave alone.
@@ -83,8 +95,20 @@ class FedParaConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Inner rank"})
     gamma: float | None = field(default=None, metadata={"help": "Rank ratio in [0, 1]"})
     alpha: float | None = field(default=None, metadata={"help": "Scale alpha / r; None: scale 1"})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale alpha / sqrt(r) instead"})
     base_weight: BaseWeight = field(
-        default="frozen", metadata={"help": "'frozen': add to W0; 'replaced': train from scratch"}
+        default="frozen",
+        metadata={
+            "help": "'frozen': add to W0; 'replaced', 'seeded': train from scratch, the latter "
+            "beginning as a dense weight drawn from base_seed"
+        },
+    )
+    base_seed: int = field(default=0, metadata={"help": "Seed of the seeded mode's base"})
+    response: float = field(
+        default=1.0, metadata={"help": "Reach of a first step in seeded mode; a dense weight's: 1"}
+    )
+    base_digest: dict[str, str] | None = field(
+        default=None, metadata={"help": "Digests of the seeded bases, filled in"}
     )
     parameterization: str = field(
         default="fedpara",
@@ -106,8 +130,9 @@ class FedParaConfig(PeftConfig):
     module_dropout: float = field(
         default=0.0, metadata={"help": "Probability of skipping the delta in a forward pass"}
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Identity start (frozen) or target variance (replaced)"}
+    init_weights: bool | Start = field(
+        default=True,
+        metadata={"help": "Frozen start: True, 'loha', 'lycoris', 'abba'; False: a random delta"},
     )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, regex, 'all-linear' or 'all-supported'"}
@@ -139,8 +164,14 @@ class FedParaConfig(PeftConfig):
         self._check_choices()
         self._check_ranks()
         self._check_targets()
-        if self.base_weight == "replaced":
-            self._check_replaced()
+        self._check_starts()
+        if self.from_scratch:
+            self._check_from_scratch()
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the whole model trains and is saved, rather than an adapter of a frozen one."""
+        return self.base_weight != "frozen"
 
     @property
     def form(self) -> Parameterization:
@@ -158,12 +189,14 @@ class FedParaConfig(PeftConfig):
         self.r = _integer("r", self.r)
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _integer)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _real)
+        self.base_seed = _integer("base_seed", self.base_seed)
+        self.response = _real("response", self.response)
         for name in ("gamma", "alpha"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else _real(name, value))
         for name in ("rank_dropout", "module_dropout"):
             setattr(self, name, _real(name, getattr(self, name)))
-        for name in ("use_effective_conv2d", "init_weights"):
+        for name in ("use_effective_conv2d", "use_rslora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, list)
@@ -218,10 +251,34 @@ class FedParaConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
 
-    def _check_replaced(self) -> None:
+    def _check_starts(self) -> None:
+        start = self.init_weights
+        if not (isinstance(start, bool) or _is_one_of(start, STARTS)):
+            raise ConfigError(f"init_weights must be True, False or one of {STARTS}, got {start!r}")
+        if isinstance(start, str) and (self.form.terms != ((0, 1),) or self.nonlinearity):
+            raise ConfigError(
+                f"init_weights={start!r} is a start of W₁ ⊙ W₂ without nonlinearity, not of "
+                f"{self.form.formula}: leave init_weights out"
+            )
+        if self.use_rslora and self.alpha is None and not self.alpha_pattern:
+            raise ConfigError(
+                "use_rslora=True scales by alpha / √r and alpha is None: give alpha, or leave "
+                "use_rslora out for scale 1"
+            )
+        if not self.response > 0:
+            raise ConfigError(
+                f"response must be positive, got {self.response}: a dense weight's is 1"
+            )
+        if self.base_weight == "seeded" and (self.nonlinearity or not self.form.is_multilinear):
+            raise ConfigError(
+                "base_weight='seeded' draws the same base on every machine, which tanh and powers "
+                "of a half do not allow: use base_weight='replaced', or another form"
+            )
+
+    def _check_from_scratch(self) -> None:
         for name, unset, instead in (
-            ("alpha", None, "a replaced weight has no W₀ to scale against; leave alpha out"),
-            ("alpha_pattern", {}, "a replaced weight has no W₀ to scale against; leave it out"),
+            ("alpha", None, "there is no pretrained W₀ to scale against; leave alpha out"),
+            ("alpha_pattern", {}, "there is no pretrained W₀ to scale against; leave it out"),
             ("bias", "none", "every bias is trained and saved already; leave bias out"),
             ("modules_to_save", None, "every module is trained and saved already; leave it out"),
             ("rank_dropout", 0.0, "it would drop whole outputs; put nn.Dropout in the model"),
@@ -233,7 +290,8 @@ class FedParaConfig(PeftConfig):
                 continue  # PEFT itself writes the head's name there
             if value != unset and value not in ([], {}):
                 raise ConfigError(
-                    f"{name}={value!r} has no meaning with base_weight='replaced': {instead}"
+                    f"{name}={value!r} has no meaning with base_weight={self.base_weight!r}: "
+                    f"{instead}"
                 )
 
 

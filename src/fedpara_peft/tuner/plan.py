@@ -62,7 +62,7 @@ def plan_layer(
 ) -> dict[str, WeightPlan]:
     """Plan the weights of one layer; a weight that stays dense is left out.
 
-    In replaced mode a weight stays dense where factorizing saves nothing: with γ where
+    From scratch a weight stays dense where factorizing saves nothing: with γ where
     ``r_max < r_min``, with a given rank where the factors would outnumber the weight. A frozen
     base weight is never in question: there γ on a tiny weight gives ``max(1, r_max)``.
 
@@ -96,7 +96,6 @@ def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightP
     m, n, kernel = shape.out_features, shape.in_features, shape.kernel
     if not config.use_effective_conv2d or math.prod(kernel) == 1:
         n, kernel = n * math.prod(kernel), ()
-    replaced = config.base_weight == "replaced"
     explicit = value_for(config.rank_pattern, key, "rank_pattern")
     if explicit is not None or config.gamma is None:
         r = config.r if explicit is None else explicit
@@ -104,13 +103,13 @@ def _plan_weight(config: FedParaConfig, key: str, shape: WeightShape) -> WeightP
         low, high = rank_bounds(m, n, kernel)
         if low <= high:
             r = rank_for_gamma(config.gamma, m, n, kernel)
-        elif replaced:
+        elif config.from_scratch:
             return None
         else:
             r = max(1, high)
         r = matching_rank(r, m, n, kernel, config.parameterization)
     count = parameter_count(r, m, n, kernel, config.parameterization)
-    if replaced and count > shape.numel:
+    if config.from_scratch and count > shape.numel:
         return None
     rank = form_rank(r, config.parameterization)
     form = rank * (m + n) + (rank * rank * math.prod(kernel) if kernel else 0)

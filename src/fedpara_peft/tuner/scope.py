@@ -84,9 +84,9 @@ def factor_names(model: nn.Module) -> set[str]:
 
 
 def trains_base(model: nn.Module) -> bool:
-    """Whether the model trains as a whole: a plain model, or one with replaced weights."""
+    """Whether the model trains as a whole: a plain model, or one trained from scratch."""
     tuners = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    return all(isinstance(m, FedParaLayer) and m.replaced for m in tuners)
+    return all(isinstance(m, FedParaLayer) and m.from_scratch for m in tuners)
 
 
 def persistent_buffers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:

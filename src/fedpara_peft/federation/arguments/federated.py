@@ -19,8 +19,8 @@ else:
 
 #: By interval as mathematicians write it, the arguments that lie in it (or are None).
 _INTERVALS = {
-    "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "jacobian_correction",
-               "dp_noise_multiplier", "seed", "warmup_rounds"),
+    "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "composed_weight_decay",
+               "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds"),
     "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
                "eval_batch_size", "save_total_limit", "clients_per_round"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
@@ -166,6 +166,9 @@ class FederatedArguments:
     )
     jacobian_correction: float = field(
         default=0.0, metadata={"help": "Strength of the Jacobian correction; 0: off."}
+    )
+    composed_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of the composed weights, in the loss; 0: off."}
     )
     factor_schedule: str = field(
         default="all",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...tuner.decay import composed_weight_decay
 from ...tuner.jacobian import composed_weights, jacobian_correction
 from ..arguments import FederatedArguments
 from ..data.loss import Loss, LossFunction, read_loss
@@ -45,6 +46,7 @@ class Gradients:
         self._compute_loss = compute_loss
         self._precision = precision
         self._strength = args.jacobian_correction
+        self._decay = args.composed_weight_decay
         self.loss_scale = 1.0
 
     def begin(self, rate: float) -> None:
@@ -94,11 +96,15 @@ class Gradients:
         """A batch's loss, alone and with what regularizers add to it."""
         if self._strength == 0:
             loss = self._forward(batch)
-            return loss, loss.mean
-        with composed_weights(self._model) as composed:
-            loss = self._forward(batch)
-            added = jacobian_correction(loss.mean, composed, self._rate, self._strength)
-            return loss, loss.mean + added
+            total = loss.mean
+        else:
+            with composed_weights(self._model) as composed:
+                loss = self._forward(batch)
+                added = jacobian_correction(loss.mean, composed, self._rate, self._strength)
+                total = loss.mean + added
+        if self._decay:
+            total = total + composed_weight_decay(self._model, self._decay)
+        return loss, total
 
     def _forward(self, batch: Any) -> Loss:
         with self._precision.autocast():

@@ -92,8 +92,9 @@ class BatchedTrainer:
             return "dropout draws other numbers when clients are stacked"
         if _hooked(model):
             return "hooks would see, or miss, the stacked tensors"
-        if args.jacobian_correction or args.gradient_accumulation_steps > 1 or not self._plain:
-            return "it has no Jacobian correction, gradient accumulation or mixed precision"
+        regularized = args.jacobian_correction or args.composed_weight_decay
+        if regularized or args.gradient_accumulation_steps > 1 or not self._plain:
+            return "it has no regularizers, gradient accumulation or mixed precision"
         return self._local.optimizers.obstacle()
 
     def wanted(self, num_clients: int) -> bool:

@@ -197,12 +197,57 @@ class Parameterization:
 
             ΔW ≈ η G r^n σ^(4n-2)        kernel: η G r^2n σ^(6n-2)
 
-        A product goes as far as PEFT's LoHa, ``η G / 27 N``; one half as a LoRA, ``η G r / 3 N``.
+        It goes as far as a LoRA of as many values, whose rank is n r: ``η G n r / 3 N``.
         """
         n = len(self._moving_terms()[0])
         power, of_r = (6 * n - 2, 2 * n) if kernel else (4 * n - 2, n)
-        product = 3 * fan_in * r ** (of_r - 1) if n == 1 else 27 * fan_in * r**of_r
-        return float(product ** (-1 / power))
+        return float((3 * fan_in * r ** (of_r - 1) / n) ** (-1 / power))
+
+    def response(self, r: int, std: float, *, kernel: bool, at_zero: Sequence[int] = ()) -> float:
+        """How far one SGD step moves the weight, where a dense weight has 1.
+
+        The mean of the diagonal of ``Σ_f J_f J_fᵀ``, J_f the weight's Jacobian in the factor f, at
+        independent factors of one variance:
+
+            c = Σ_terms Σ_{i in term} c_i ∏_{j in term, j ≠ i} v_j
+
+        A half has variance ``v = r σ⁴`` (kernel: ``r² σ⁶``) and, as each factor gives ``v / σ²``,
+        ``c = 2 v / σ²`` (``3 v / σ²``). One whose Y is zero has v = 0, and only Y moves it.
+
+        Args:
+            r: inner rank.
+            std: σ of all factors.
+            kernel: whether the halves have cores.
+            at_zero: halves whose Y is zero.
+
+        Raises:
+            RankError: a term holds a half twice.
+        """
+        if not self.is_multilinear:
+            raise RankError(f"{self.name}: the response of powers of a half is not known")
+        square = std * std  # no powers: their last bit is the C library's
+        each = r * r * square * square if kernel else r * square
+        variances = [0.0 if i in at_zero else each * square for i in range(self.num_halves)]
+        factors = 3 if kernel else 2
+        moved = [each if i in at_zero else factors * each for i in range(self.num_halves)]
+        return sum(
+            moved[i] * math.prod([variances[j] for j in term if j != i])
+            for term in self.terms
+            for i in term
+        )
+
+    def std_for_response(
+        self, response: float, r: int, *, kernel: bool, at_zero: Sequence[int] = ()
+    ) -> float:
+        """σ of all factors at which the weight has a wanted :meth:`response`."""
+        low, high = 0.0, 1.0
+        while self.response(r, high, kernel=kernel, at_zero=at_zero) < response:
+            high *= 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            reached = self.response(r, middle, kernel=kernel, at_zero=at_zero) >= response
+            low, high = (low, middle) if reached else (middle, high)
+        return high
 
     # Private.
 

@@ -39,10 +39,10 @@ def config_of(
         raise ConversionError(
             f"the model has no FedPara adapter {adapter_name!r}; it has {sorted(configs)}"
         )
-    if config.base_weight == "replaced":
+    if config.from_scratch:
         raise ConversionError(
-            "base_weight='replaced' has no base weight that an adapter could be added to: "
-            "merge_and_unload() gives the plain model"
+            f"base_weight={config.base_weight!r} has no base weight that an adapter could be added "
+            "to: merge_and_unload() gives the plain model"
         )
     return config
 

@@ -13,7 +13,7 @@ from ...maths.apply import low_rank_form
 from ...maths.precision import as_given, compute_dtype
 from ..config import ComputePath
 from ..errors import ConfigError, ConversionError
-from ..layer.base import inverted_mask
+from ..layer.dropout import inverted_mask
 from ..plan import WeightShape
 from .product import ProductLayer, loha_named
 

@@ -19,10 +19,12 @@ from .._peft import in_out_features, quantization_backend_of
 from ..config import ComputePath, FedParaConfig
 from ..errors import ConversionError
 from ..plan import WeightPlan, WeightShape
+from .dropout import chance, inverted_mask
 from .factors import FactorHolder
 from .merged import MergedLayer
 from .mixed_batch import BASE, UnreadableWeight, check_names
 from .scaled import ScaledLayer
+from .seeded import SeededLayer
 from .switches import ShownModule, SwitchedLayer
 
 #: What a kind says of its forward pass, and inherits with it alone.
@@ -38,7 +40,7 @@ class ComposedWeight:
     recompose: Callable[[Sequence[Half]], Tensor]
 
 
-class FedParaLayer(ShownModule, FactorHolder, MergedLayer, ScaledLayer, SwitchedLayer):
+class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLayer, SwitchedLayer):
     """A layer whose weights are factorized.
 
     Args:
@@ -81,7 +83,9 @@ class FedParaLayer(ShownModule, FactorHolder, MergedLayer, ScaledLayer, Switched
         self.r = {}
         self.alpha = {}
         self.scaling = {}
+        self._rank_stabilized: dict[str, bool] = {}
         self._zeroed: dict[str, tuple[float, int]] = {}
+        self._seeded_bases: dict[str, Tensor] = {}  # while adapters are merged into them
         self.specs = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -192,13 +196,18 @@ class FedParaLayer(ShownModule, FactorHolder, MergedLayer, ScaledLayer, Switched
         return found[key].weight
 
     def scale_of(self, adapter_name: str) -> float:
-        """Factor on the composed weight: ``alpha / r`` frozen, 1 replaced."""
-        return 1.0 if self.specs[adapter_name].replaced else self.scaling[adapter_name]
+        """Factor on the composed weight: ``alpha / r`` frozen, 1 from scratch."""
+        return 1.0 if self.specs[adapter_name].from_scratch else self.scaling[adapter_name]
 
     @property
     def replaced(self) -> bool:
-        """Whether the base weight is replaced rather than frozen."""
+        """Whether the layer has no weight but the composed one."""
         return any(spec.replaced for spec in self.specs.values())
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the layer has no pretrained weight: replaced, or drawn from a seed."""
+        return any(spec.from_scratch for spec in self.specs.values())
 
     @property
     def weight(self) -> Tensor:
@@ -276,7 +285,7 @@ class FedParaLayer(ShownModule, FactorHolder, MergedLayer, ScaledLayer, Switched
         """The adapters that module dropout leaves in."""
         if not self.training:
             return names
-        return [n for n in names if not _chance(self.specs[n].module_dropout)]
+        return [n for n in names if not chance(self.specs[n].module_dropout)]
 
     def _adapters_to_run(self) -> list[str]:
         names = self._unmerged()
@@ -335,14 +344,3 @@ class FedParaLayer(ShownModule, FactorHolder, MergedLayer, ScaledLayer, Switched
             return weight.T
         shape = plan.shape
         return weight.reshape(shape.out_features, shape.in_features, *shape.kernel)
-
-
-def _chance(p: float) -> bool:
-    return p > 0 and bool(torch.rand(()) < p)
-
-
-def inverted_mask(like: Tensor, size: int, p: float) -> Tensor:
-    """Keep with probability 1 - p, scaled by 1 / (1 - p): right in the mean, 0 when all drop."""
-    if p == 1:
-        return like.new_zeros(size)
-    return torch.empty(size, dtype=like.dtype, device=like.device).bernoulli_(1 - p) / (1 - p)

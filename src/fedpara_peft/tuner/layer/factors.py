@@ -12,9 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...maths.compose import Half, Nonlinearity
+from ...maths.errors import RankError
 from ...maths.init import factor_std, fill_normal, half_variances, identity_start_std
 from ...maths.parameterizations import Parameterization, get_parameterization
-from ..config import ComputePath, FedParaConfig
+from ...maths.starts import Start, fill_start
+from ..config import BaseWeight, ComputePath, FedParaConfig
+from ..errors import ConfigError
 from ..plan import WeightPlan
 
 #: What a container of factors is called.
@@ -36,10 +39,20 @@ class AdapterSpec:
     plans: Mapping[str, WeightPlan]
     parameterization: str
     nonlinearity: Nonlinearity
-    replaced: bool
+    base_weight: BaseWeight
     rank_dropout: float
     module_dropout: float
     compute_path: ComputePath
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layer has no weight but the composed one."""
+        return self.base_weight == "replaced"
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether there is no pretrained weight: replaced, or drawn from a seed."""
+        return self.base_weight != "frozen"
 
     @property
     def form(self) -> Parameterization:
@@ -73,7 +86,7 @@ class FactorHolder(BaseTunerLayer):
             plans=dict(plans),
             parameterization=config.parameterization,
             nonlinearity=config.nonlinearity,
-            replaced=config.base_weight == "replaced",
+            base_weight=config.base_weight,
             rank_dropout=config.rank_dropout,
             module_dropout=config.module_dropout,
             compute_path=config.compute_path,
@@ -82,12 +95,13 @@ class FactorHolder(BaseTunerLayer):
         # The weights of a recurrent layer may differ in rank under γ; the scale is the layer's.
         self.r[adapter_name] = max(plan.r for plan in plans.values())
         self.alpha[adapter_name] = self.r[adapter_name] if alpha is None else alpha
-        self.scaling[adapter_name] = self.alpha[adapter_name] / self.r[adapter_name]
+        self._rank_stabilized[adapter_name] = config.use_rslora and alpha is not None
+        self.scaling[adapter_name] = self.own_scale(adapter_name)
         for half in range(spec.form.num_halves):
             self._add_containers(half)
             for position, container in enumerate(half_containers(half)):
                 factors = {
-                    name: nn.Parameter(torch.empty(_factor_shape(plan, position)))
+                    name: nn.Parameter(torch.empty(factor_shapes(plan)[position]))
                     for name, plan in plans.items()
                     if position < 2 or plan.kernel
                 }
@@ -97,15 +111,23 @@ class FactorHolder(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw the factors anew from torch's global generator.
+    def reset_adapter_parameters(
+        self, adapter_name: str, init_weights: bool | Start = True
+    ) -> None:
+        """Draw the factors anew from torch's global generator; those of a seed are not drawn so.
 
         A replaced weight gets the variance documented for its kind; beside a frozen one the
-        factors are drawn so that ΔW's first step is LoHa's (see
-        :func:`~fedpara_peft.maths.init.identity_start_std`).
+        factors are drawn so that ΔW's first step is LoRA's (see
+        :func:`~fedpara_peft.maths.init.identity_start_std`), or as ``init_weights`` names it.
+
+        Raises:
+            ConfigError: the layer cannot start so.
         """
         spec = self.specs[adapter_name]
-        for name in spec.plans:
+        for name in spec.plans if spec.base_weight != "seeded" else ():
+            if isinstance(init_weights, str):
+                self._start_as(init_weights, adapter_name, name)
+                continue
             self._draw(adapter_name, name, range(spec.form.num_halves))
             if init_weights and not spec.replaced:
                 self._zero(adapter_name, name, spec.form.zero_halves)
@@ -159,6 +181,18 @@ class FactorHolder(BaseTunerLayer):
         for index in which:
             nn.init.zeros_(halves[index].y)
 
+    def _start_as(self, start: Start, adapter_name: str, name: str) -> None:
+        halves = self.halves(adapter_name, name)
+        try:
+            fill_start(start, halves, lambda: self.base_matrix(adapter_name, name))
+        except RankError as error:
+            raise ConfigError(str(error)) from None
+
+    def base_matrix(self, adapter_name: str, name: str = "weight") -> Tensor:
+        """The base weight as the maths has it, ``(M, N)`` or ``(M, N, *kernel)``; dequantized."""
+        plan, base = self.specs[adapter_name].plans[name], self._get_base_tensor(name)
+        return (base.T if self.transposed else base).reshape(plan.rows, plan.columns, *plan.kernel)
+
     def _draw(self, adapter_name: str, name: str, which: Iterable[int]) -> None:
         spec = self.specs[adapter_name]
         halves = self.halves(adapter_name, name)
@@ -170,15 +204,17 @@ class FactorHolder(BaseTunerLayer):
 
 def _factor_std(spec: AdapterSpec, plan: WeightPlan, index: int) -> float:
     kernel = bool(plan.kernel)
-    if not spec.replaced:
+    if not spec.replaced:  # pFedPara's local half anew beside a seeded base, too
         fan_in = plan.shape.numel // plan.shape.out_features
         return identity_start_std(plan.r, fan_in, spec.parameterization, kernel=kernel)
     variances = half_variances(plan.shape.variance, spec.parameterization, spec.nonlinearity)
     return factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
 
 
-def _factor_shape(plan: WeightPlan, position: int) -> tuple[int, ...]:
-    return ((plan.rows, plan.r), (plan.columns, plan.r), (plan.r, plan.r, *plan.kernel))[position]
+def factor_shapes(plan: WeightPlan) -> tuple[tuple[int, ...], ...]:
+    """The shapes of X, Y and, for kernels with a core, T of each half."""
+    core = ((plan.r, plan.r, *plan.kernel),) if plan.kernel else ()
+    return ((plan.rows, plan.r), (plan.columns, plan.r), *core)
 
 
 def _factor(factors: nn.ParameterDict, name: str) -> Tensor:

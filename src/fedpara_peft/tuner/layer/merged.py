@@ -38,6 +38,8 @@ class MergedLayer:
             if adapter_name not in self.specs:
                 continue
             names = list(self.specs[adapter_name].plans)
+            if self.specs[adapter_name].base_weight == "seeded":
+                self._seeded_bases = {n: self._get_base_tensor(n).clone() for n in names}
             merged = {name: self._merged(adapter_name, name, safe_merge) for name in names}
             for name, weight in merged.items():
                 self._set_base_tensor(name, weight)
@@ -51,6 +53,12 @@ class MergedLayer:
             return
         if self.replaced:
             self.free_base_weights()
+            self.merged_adapters.clear()
+            return
+        if self._seeded_bases:  # a sum taken back would differ in its last bits
+            for name, base in self._seeded_bases.items():
+                self._set_base_tensor(name, base)
+            self._seeded_bases.clear()
             self.merged_adapters.clear()
             return
         while self.merged_adapters:

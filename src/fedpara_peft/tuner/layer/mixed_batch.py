@@ -80,10 +80,10 @@ def _add_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> A
 
 def check_names(layer: FedParaLayer, adapter_names: Sequence[str], samples: int | None) -> None:
     """Raise :class:`MixedBatchError` unless this layer can run this batch."""
-    if layer.replaced:
+    if layer.from_scratch:
         raise MixedBatchError(
-            "adapter_names needs adapters over a base weight: base_weight='replaced' has one set "
-            "of factors, and they are the weight; leave adapter_names out"
+            "adapter_names needs adapters over a pretrained weight: trained from scratch there is "
+            "one set of factors, and they are the weight; leave adapter_names out"
         )
     if layer.merged:
         raise MixedBatchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -13,23 +14,29 @@ class ScaledLayer:
     r: dict[str, int]
     alpha: dict[str, float]
     scaling: dict[str, float]
+    _rank_stabilized: dict[str, bool]
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def own_scale(self, adapter: str) -> float:
+        """The scale that the configuration gives: ``alpha / r``, ``alpha / √r`` with rslora."""
+        r = self.r[adapter]
+        return self.alpha[adapter] / (math.sqrt(r) if self._rank_stabilized[adapter] else r)
+
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scale of an adapter to ``scale · alpha / r``."""
+        """Set the scale of an adapter to ``scale · alpha / r`` (``alpha / √r`` with rslora)."""
         if adapter in self.specs:
-            self._refuse_if_replaced("set_scale", "a replaced weight has no W₀ to scale against")
-            self._rescale(adapter, scale * self.alpha[adapter] / self.r[adapter])
+            self._refuse_from_scratch("set_scale", "there is no W₀ to scale against")
+            self._rescale(adapter, scale * self.own_scale(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters."""
         for name in self.active_adapters:
             if scale == 1 or name not in self.specs:
                 continue
-            self._refuse_if_replaced("scale_layer", "there is no W₀ to scale against")
+            self._refuse_from_scratch("scale_layer", "there is no W₀ to scale against")
             nonzero, zeros = self._scale_parts(name)
             if scale == 0:
                 self._rescale(name, nonzero, zeros + 1)
@@ -46,9 +53,9 @@ class ScaledLayer:
             if scale == 1 or name not in self.specs:
                 continue
             if scale is None:
-                self._rescale(name, self.alpha[name] / self.r[name])
+                self._rescale(name, self.own_scale(name))
                 continue
-            self._refuse_if_replaced("unscale_layer", "there is no W₀ to scale against")
+            self._refuse_from_scratch("unscale_layer", "there is no W₀ to scale against")
             nonzero, zeros = self._scale_parts(name)
             if scale != 0:
                 self._rescale(name, nonzero / scale, zeros)

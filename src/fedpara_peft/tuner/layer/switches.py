@@ -44,7 +44,7 @@ class SwitchedLayer(BaseTunerLayer):
         if enabled == (not self.disable_adapters):
             return
         if not enabled:
-            self._refuse_if_replaced(
+            self._refuse_from_scratch(
                 "disabling adapters", "the factors are the weight; build the plain model instead"
             )
             self._trained = {name for name, p in self._factors() if p.requires_grad}
@@ -64,15 +64,18 @@ class SwitchedLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; a replaced weight cannot be removed."""
         if adapter_name in self.specs:
-            self._refuse_if_replaced(
+            self._refuse_from_scratch(
                 "delete_adapter", "the factors are the weight; use merge_and_unload() first"
             )
         super().delete_adapter(adapter_name)
         self._zeroed.pop(adapter_name, None)
 
-    def _refuse_if_replaced(self, what: str, instead: str) -> None:
-        if self.replaced:
-            raise ReplacedWeightError(f"{what} is not possible: base_weight='replaced', {instead}")
+    def _refuse_from_scratch(self, what: str, instead: str) -> None:
+        for spec in self.specs.values():
+            if spec.from_scratch:
+                raise ReplacedWeightError(
+                    f"{what} is not possible: base_weight={spec.base_weight!r}, {instead}"
+                )
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # Recurrent layers have no `weight`, and a freed one says nothing.

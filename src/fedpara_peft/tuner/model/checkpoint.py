@@ -1,4 +1,4 @@
-"""Bringing a saved state to a model's keys: the rest of a replaced model, missing local halves."""
+"""Bringing a saved state to a model's keys: all beside the factors, missing local halves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._peft import (
     tuner_key_prefixes,
 )
 from ..errors import CheckpointError
-from ..layer import factorized_layers
+from ..layer import factorized_layers, factorized_weights
 from ..names import saved_name
 from ..scope import local_tensors
 
@@ -33,9 +33,9 @@ def remap_rest(
     renamed = dict(state)
     tied: dict[int, nn.Parameter] = {}
     missing = []
-    wrapped = auxiliary_names(model)
+    elsewhere = auxiliary_names(model) | base_weight_names(model, adapter_name)
     for key in target:
-        if is_key_under_prefixes(key, wrapped):
+        if is_key_under_prefixes(key, elsewhere):
             continue
         if is_key_under_prefixes(key, prefixes):
             if key not in renamed and key not in local:
@@ -62,8 +62,8 @@ def remap_rest(
     if missing:
         raise CheckpointError(
             f"the saved adapter lacks {len(missing)} of the model's tensors, first "
-            f"{missing[:3]}: with base_weight='replaced' a checkpoint holds the whole model; "
-            "build the model the adapter was trained with"
+            f"{missing[:3]}: trained from scratch, a checkpoint holds the whole model; build the "
+            "model the adapter was trained with"
         )
     return renamed
 
@@ -74,6 +74,15 @@ def auxiliary_names(model: nn.Module) -> set[str]:
         saved_name(name)
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+
+
+def base_weight_names(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names of the base weights beside an adapter's factors: nothing saves or sends them."""
+    return {
+        saved_name(f"{found.name}.base_layer.{found.weight}")
+        for found in factorized_weights(model, adapter_name)
+        if not found.spec.replaced
     }
 
 

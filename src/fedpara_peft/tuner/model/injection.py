@@ -96,17 +96,16 @@ class FedParaModel(SavedModel):
         resolve_targets(peft_config, model)
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
-        replaced = peft_config.base_weight == "replaced"
         matched = 0
         factorized = 0
-        shared = shared_parameters(model) if replaced else set()
+        shared = shared_parameters(model) if peft_config.from_scratch else set()
         for key, module in model.named_modules():
             if not key or not self._is_target(peft_config, model, key):
                 continue
             matched += 1
             base_layer = base_layer_of(module)
             layer_cls = supported_class(module, key)
-            if replaced:
+            if peft_config.from_scratch:
                 check_replaceable(layer_cls, base_layer, key, shared)
             layer_cls.check_compute_path(base_layer, key, peft_config.compute_path)
             alpha_for(peft_config, key)
@@ -125,11 +124,11 @@ class FedParaModel(SavedModel):
     def _check_new_adapter_config(self, config: FedParaConfig) -> None:
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1 and any(
-            getattr(c, "base_weight", "frozen") == "replaced" for c in self.peft_config.values()
+            getattr(c, "from_scratch", False) for c in self.peft_config.values()
         ):
             raise ReplacedWeightError(
-                "base_weight='replaced' allows one adapter: there is no W₀ that two could share; "
-                "use base_weight='frozen', or merge_and_unload() before adding another"
+                "a model trained from scratch has one adapter: there is no pretrained W₀ that two "
+                "could share; use base_weight='frozen', or merge_and_unload() before adding another"
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -194,7 +193,7 @@ class FedParaModel(SavedModel):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         configs = [self.peft_config[name] for name in self.active_adapters]
-        if any(config.base_weight == "replaced" for config in configs):
+        if any(config.from_scratch for config in configs):
             if any(config.inference_mode for config in configs):
                 model.requires_grad_(False)
             return
@@ -215,10 +214,12 @@ class FedParaModel(SavedModel):
     def _post_injection_hook(
         self, model: nn.Module, config: FedParaConfig, adapter_name: str
     ) -> None:
-        if config.base_weight == "replaced":
-            for _, layer in factorized_layers(model):
+        for key, layer in factorized_layers(model, adapter_name) if config.from_scratch else ():
+            if layer.replaced:
                 layer.free_base_weights()
-        elif not config.inference_mode:
+            else:
+                layer.draw_from_seed(adapter_name, key, config)
+        if not (config.from_scratch or config.inference_mode):
             _warn_of_moving_statistics(model)
 
     # In use.
@@ -285,28 +286,30 @@ class FedParaModel(SavedModel):
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; a replaced weight cannot be removed.
+        """Remove an adapter; one trained from scratch cannot be removed.
 
         Raises:
-            ReplacedWeightError: the base weights have been replaced.
+            ReplacedWeightError: there are no pretrained weights.
         """
-        self._refuse_if_replaced("delete_adapter", "the factors are the weight")
+        self._refuse_from_scratch("delete_adapter")
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
-        """Remove the adapters; a replaced weight is nothing without them.
+        """Remove the adapters; weights trained from scratch are nothing without them.
 
         Raises:
-            ReplacedWeightError: the base weights have been replaced.
+            ReplacedWeightError: there are no pretrained weights.
         """
-        self._refuse_if_replaced("unload", "the factors are the weight")
+        self._refuse_from_scratch("unload")
         return super().unload()
 
-    def _refuse_if_replaced(self, what: str, why: str) -> None:
-        if any(config.base_weight == "replaced" for config in self.peft_config.values()):
-            raise ReplacedWeightError(
-                f"{what} is not possible: base_weight='replaced', {why}; use merge_and_unload()"
-            )
+    def _refuse_from_scratch(self, what: str) -> None:
+        for config in self.peft_config.values():
+            if config.from_scratch:
+                raise ReplacedWeightError(
+                    f"{what} is not possible: base_weight={config.base_weight!r}, the factors are "
+                    "the weight; use merge_and_unload()"
+                )
 
 
 def _refuse_to_save_factors(config: FedParaConfig) -> None:

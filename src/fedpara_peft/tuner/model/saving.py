@@ -13,6 +13,7 @@ from ..names import saved_name
 from ..scope import local_tensors
 from .checkpoint import (
     auxiliary_names,
+    base_weight_names,
     fill_local_half,
     give_memory,
     remap_rest,
@@ -44,9 +45,9 @@ class SavedModel(BaseTuner):
             state_dict.pop(name, None)
             if name in originals:  # PEFT insists on an entry: it gets the one before training
                 state_dict[name] = whole[originals[name]]
-        if config.base_weight == "replaced":
-            wrapped = auxiliary_names(model)
-            return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, wrapped)}
+        if config.from_scratch:
+            left_out = auxiliary_names(model) | base_weight_names(model, adapter_name)
+            return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, left_out)}
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -74,8 +75,8 @@ class SavedModel(BaseTuner):
         return key
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Replaced factors are the weight: they keep the dtype that the model was built in.
-        if self.peft_config[adapter_name].base_weight != "replaced":
+        # From scratch factors are the weight: they keep the dtype that the model was built in.
+        if not self.peft_config[adapter_name].from_scratch:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     # Loading.
@@ -95,7 +96,7 @@ class SavedModel(BaseTuner):
         # A client keeps its head; see _get_adapter_state_dict.
         for name in saved_modules(model, adapter_name).keys() & local_tensors(model):
             remapped.pop(name, None)
-        if config.base_weight == "replaced":
+        if config.from_scratch:
             remove = cls._remove_adapter_name_from_key
             remapped = remap_rest(model, adapter_name, remapped, remove)
         if config.form.local_halves:

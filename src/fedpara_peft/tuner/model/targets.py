@@ -160,7 +160,7 @@ def supported_class(target: nn.Module, key: str = "") -> type[FedParaLayer]:
 def check_replaceable(
     layer_cls: type[FedParaLayer], base_layer: nn.Module, key: str, shared: set[int]
 ) -> None:
-    """Raise a typed error unless this target can train with its weight replaced."""
+    """Raise a typed error unless this target can train without its pretrained weight."""
     if quantization_backend_of(base_layer, get_apply_tensor_subclass=dict) is not None:
         raise UnsupportedLayerError(
             f"{key} has a quantized weight, which cannot be replaced: use base_weight='frozen'"
