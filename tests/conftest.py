@@ -13,6 +13,16 @@ settings.register_profile("default", deadline=None, derandomize=True, max_exampl
 settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="make tests' tensors there; many tests know the CPU alone")
+
+
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(request):
+    device = request.config.getoption("--device")
+    if device is not None:
+        torch.set_default_device(device)
     torch.manual_seed(0)
+    yield
+    if device is not None:
+        torch.set_default_device(None)

@@ -11,9 +11,15 @@ from torch import Tensor
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast brings products to on a device, None where it is off."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """Whether a device knows autocast; asked for, not traced, which torch before 2.13 cannot."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def as_given(device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,129 @@
+r"""The cost rule beside what was measured, and constants that fit a device better.
+
+    python3 benchmarks/gpu/cost_rule.py [benchmarks/results/gpu]
+
+Prints, for the rule as it is and for rules of more terms, the mean and worst loss over the measured
+cases, each rule fitted on one half of them and judged on the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def loss(row: Row, way: str) -> float:
+    """Extra time of a way, relative to the faster one."""
+    times = {name: row["ms"][name][0] for name in ("compose", "khatri_rao")}
+    return float(times[way] / min(times.values()) - 1)
+
+
+def group(row: Row) -> tuple[str, ...]:
+    """Layer kind, precision, weight, and whether it trains."""
+    mode = "training" if row["training"] else "inference"
+    return (row["table"], row["precision"], row["base"], mode)
+
+
+def said(row: Row) -> str:
+    """A case in words."""
+    if row["table"] == "linear":
+        return f"{row['m']}x{row['n']}, {row['tokens']} tokens, r = {row['r']}"
+    return (
+        f"{row['channels']} channels, {row['kernel']}x{row['kernel']}, {row['pixels']}² pixels, "
+        f"batch {row['batch']}, r = {row['r']}"
+    )
+
+
+def counted(
+    row: Row, pass_cost: float, launch: float = 0.0, wide: float = 1.0
+) -> tuple[float, float]:
+    """Operations of (form, compose) as ``maths/cost.py`` counts them.
+
+    Args:
+        row: a measured case.
+        pass_cost: what an entry costs beside its products.
+        launch: operations that a fixed cost of the form's way is worth.
+        wide: what an operation of the form's narrow products costs, in units of a wide one's.
+    """
+    p, dense, form, r = row["positions"], row["dense"], row["form"], row["rank"]
+    if row["training"]:
+        joined = 2 if row["joined"] else 6
+        return (
+            (6 * p * wide + pass_cost) * form + launch,
+            (16 * r + pass_cost) * dense + joined * p * dense,
+        )
+    joined = 0 if row["joined"] else 2
+    return (
+        (2 * p * wide + pass_cost * min(1.0, p / r)) * form + launch,
+        (4 * r + pass_cost) * dense + joined * p * dense,
+    )
+
+
+def chosen(row: Row, *constants: float) -> str:
+    """What the rule takes with these constants."""
+    form, compose = counted(row, *constants)
+    return "khatri_rao" if form <= compose else "compose"
+
+
+def judged(cases: Sequence[Row], choose: Callable[[Row], str]) -> tuple[float, float, float]:
+    """Mean and worst loss, and the share of cases within 3% of the best."""
+    losses = [loss(row, choose(row)) for row in cases]
+    close = sum(x <= 0.03 for x in losses) / len(losses)
+    return sum(losses) / len(losses), max(losses), close
+
+
+def fitted(cases: Sequence[Row], grid: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The constants of least mean loss; of equal ones those nearest the beginning of the grid."""
+    return min(
+        itertools.product(*grid), key=lambda c: judged(cases, lambda row: chosen(row, *c))[0]
+    )
+
+
+PASS_COSTS = [64, *(2.0**k for k in range(0, 16))]
+LAUNCHES = [0, *(2.0**k for k in range(18, 34))]
+WIDTHS = [1.0, 0.5, 0.7, 1.5, 2.0, 3.0, 4.0, 8.0]
+
+
+def main() -> None:
+    """Print the rules side by side."""
+    import rows
+
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "results/gpu"
+    cases = [r for r in rows.read(folder) if r["table"] in ("linear", "conv") and "ms" in r]
+    if not cases:
+        raise SystemExit(f"{folder} has no rows of the part `cost`: run it first")
+    random.Random(1).shuffle(cases)
+    halves = cases[::2], cases[1::2]
+    rules = {
+        "as it is": [[64.0]],
+        "pass cost": [PASS_COSTS],
+        "pass cost, launch": [PASS_COSTS, LAUNCHES],
+        "pass cost, launch, narrow": [PASS_COSTS, LAUNCHES, WIDTHS],
+    }
+    print("all together: rule, constants fitted on a half, on the other: mean, worst, within 3%")
+    _print(halves, rules)
+    for name in sorted({group(row) for row in cases}):
+        mine = [[row for row in half if group(row) == name] for half in halves]
+        if min(map(len, mine)) >= 4:
+            print(", ".join(name))
+            _print(mine, rules)
+
+
+def _print(halves: Sequence[Sequence[Row]], rules: dict[str, list[list[float]]]) -> None:
+    for name, grid in rules.items():
+        constants = fitted(halves[0], grid)
+        mean, worst, close = judged(halves[1], lambda row, c=constants: chosen(row, *c))  # type: ignore[misc]
+        print(f"  {name:26} {constants!s:36} {mean:7.1%} {worst:6.0%} {close:6.0%}")
+    for way in ("compose", "khatri_rao"):
+        mean, worst, close = judged(halves[1], lambda _, w=way: w)  # type: ignore[misc]
+        print(f"  {way + ' alone':26} {'':36} {mean:7.1%} {worst:6.0%} {close:6.0%}")
+
+
+if __name__ == "__main__":
+    main()
