@@ -145,7 +145,7 @@ def test_a_killed_queue_goes_on_where_it_was(cells, tmp_path):
     assert len(rounds) == 6 * 4  # four rates, two seeds
     # A round that was in the log and not yet in its checkpoint may be there twice.
     assert sum(rounds.values()) <= len(rounds) + 2
-    results = [json.loads(line) for line in (tmp_path / "cpu-cifar10.jsonl").open()]
+    results = [json.loads(line) for line in (tmp_path / "cpu-cifar10.jsonl").read_text().splitlines()]
     assert len({json.dumps(row["cell"]) for row in results}) == len(results) == 6
     assert not list((tmp_path / "c").iterdir())
 

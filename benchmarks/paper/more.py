@@ -39,7 +39,7 @@ def _compared(
     lines = []
     for kind in kinds:
         if rows := found(results, kind):
-            losses = [row["train_loss"] for row in rows if row["train_loss"] is not None]
+            losses = [row["train_loss"] for row in rows if row.get("train_loss") is not None]
             loss = f"{statistics.mean(losses):.3f}" if losses else ""
             lines.append([label(kind), f"{rows[0]['parameters']:,}",
                           f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), each(rows), loss,
