@@ -318,6 +318,6 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
 def given_limits(given: argparse.Namespace) -> Limits:
     """The limits of those options; the device holds for this process and those that it starts."""
     if given.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(given.threads)
     return Limits(given.jobs, given.minutes, given.threads)

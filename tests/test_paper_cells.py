@@ -145,7 +145,9 @@ def test_a_killed_queue_goes_on_where_it_was(cells, tmp_path):
     assert len(rounds) == 6 * 4  # four rates, two seeds
     # A round that was in the log and not yet in its checkpoint may be there twice.
     assert sum(rounds.values()) <= len(rounds) + 2
-    results = [json.loads(line) for line in (tmp_path / "cpu-cifar10.jsonl").read_text().splitlines()]
+    results = [
+        json.loads(line) for line in (tmp_path / "cpu-cifar10.jsonl").read_text().splitlines()
+    ]
     assert len({json.dumps(row["cell"]) for row in results}) == len(results) == 6
     assert not list((tmp_path / "c").iterdir())
 
@@ -188,7 +190,9 @@ def toy(paper, monkeypatch):
     return cells.Cell("cifar10", "wide", "fedpara", learning_rate=0.1)
 
 
-@pytest.mark.parametrize("method", ["dense", "lowrank", "fedpara"])
+@pytest.mark.parametrize(
+    "method", ["dense", "lowrank", "fedpara", "lowrank seeded", "fedpara seeded"]
+)
 @pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
 def test_a_wide_cell_is_trained_by_each_optimizer(toy, paper, tmp_path, method, optim):
     cell = replace(toy, method=method, optim=optim, learning_rate=0.01)
@@ -232,6 +236,53 @@ def test_a_cell_that_diverges_is_a_result(toy, paper, tmp_path):
     assert cell.score({"accuracy": 0.9, "diverged": True}) < 0
 
 
+@pytest.mark.parametrize("method", ["lowrank seeded", "fedpara seeded"])
+def test_folding_changes_the_factors_and_not_the_function(toy, paper, tmp_path, method):
+    train, folding = paper("train"), paper("folding")
+    cell = replace(toy, method=method)
+    task = train.build(cell, {"cifar10": ""})
+    model = train.factorize(task.model, task.targets, cell).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(4, 3, 16, 16)
+    wanted = model(images)
+    new = folding.folded(model, task.targets, cell, base_seed=5).eval()
+    torch.testing.assert_close(new(images), wanted, rtol=1e-4, atol=1e-5)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names == [n for n, p in new.named_parameters() if p.requires_grad]
+    factors = [n for n in names if "fedpara" in n]
+    assert factors
+    assert not any(torch.equal(model.get_parameter(n), new.get_parameter(n)) for n in factors)
+
+
+def test_a_folded_cell_sends_what_clients_missed(toy, paper, tmp_path, monkeypatch):
+    folding = paper("folding")
+    monkeypatch.setitem(folding.FOLDED, "folded every round", 1)
+    cell = replace(toy, method="fedpara seeded")
+    plain = folding.work(cell, tmp_path / "plain", {"cifar10": ""})
+    cell = replace(cell, variant="folded every round")
+    row = folding.work(cell, tmp_path / "folded", {"cifar10": ""})
+    assert [point[0] for point in row["curve"]] == [1, 2, 3, 4]
+    assert row["curve"][-1][1] == row["bytes"] > plain["bytes"]
+    assert row["parameters"] == plain["parameters"]
+    again = folding.work(cell, tmp_path / "folded", {"cifar10": ""})
+    assert again["curve"] == row["curve"]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["response 3", "decay of the product, λ = 0.001", "decay of what trains, λ = 0.001"],
+)
+def test_variants_change_the_run(toy, paper, tmp_path, variant):
+    work = paper("folding").work
+    cell = replace(toy, method="fedpara seeded")
+    plain = work(cell, tmp_path / "plain", {"cifar10": ""})
+    row = work(replace(cell, variant=variant), tmp_path / "variant", {"cifar10": ""})
+    assert row["train_loss"] != plain["train_loss"]
+    assert row["bytes"] == plain["bytes"]
+
+
 def test_a_client_that_comes_back_is_told_all_folds_since(paper):
     catching_up = paper("folding").catching_up
     cohorts = [[["a"], ["b"]], [["a"], ["a", "c"]], [["b", "c"]], [["a"]]]
@@ -260,7 +311,13 @@ def tiny(paper, monkeypatch, tmp_path):
     return cells
 
 
-@pytest.mark.parametrize("adapter", ["LoRA", "rsLoRA", "LoHa", "FedPara", "frozen"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "frozen", "LoRA", "rsLoRA", "LoHa", "FedPara", "FedPara, rank-stabilized",
+        "FedPara, LoHa's start", "FedPara, LyCORIS's start", "FedPara, ABBA's start",
+    ],
+)  # fmt: skip
 def test_an_adapter_is_fine_tuned_and_all_have_one_size(tiny, paper, tmp_path, adapter):
     work = paper("finetune.work").work
     cell = tiny.Tune("stdlib", adapter, "toy", learning_rate=0.02)

@@ -65,7 +65,10 @@ ADAPTERS: dict[str, Any] = {
         r=r, alpha=r, init_weights="lycoris", target_modules=t
     ),
     "FedPara, ABBA's start": lambda r, t: FedParaConfig(
-        r=r, alpha=r * r, init_weights="abba", target_modules=t
+        r=r, alpha=r, init_weights="abba", target_modules=t
+    ),
+    "FedPara, rank-stabilized": lambda r, t: FedParaConfig(
+        r=r, alpha=r, use_rslora=True, target_modules=t
     ),
 }
 #: Those that are trained by plain SGD as well.

@@ -57,9 +57,9 @@ SCALES: dict[tuple[str, str], Scale] = {
         10, 10, 15, 5, 10, (0.1, 0.2, 0.4), 8, 0.999, examples=300, grows=False
     ),
     ("wide", "cifar10"): Scale(20, 4, 40, 1, 32, (0.03, 0.1, 0.3), 12, 0.96, net="VGG4"),
-    ("wide", "cifar10-vgg16"): Scale(20, 4, 20, 1, 64, (0.03, 0.1, 0.3), 6, 0.92),
+    ("wide", "cifar10-vgg16"): Scale(20, 4, 16, 1, 64, (0.03, 0.1, 0.3), 5, 0.9),
     ("wide", "shakespeare"): Scale(
-        40, 8, 45, 1, 10, (4.0, 8.0, 16.0), 15, 0.965, max_grad_norm=0.5
+        40, 8, 30, 1, 20, (4.0, 8.0, 16.0), 10, 0.95, max_grad_norm=0.5
     ),
 }  # fmt: skip
 #: Rates that an optimizer's tuning begins with, for every method and task.
@@ -67,13 +67,13 @@ GRIDS = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (3e-3, 1e-2, 3e-2)}
 
 FAN_IN_HE = "He's fan-in variance in every factor"
 FEW_IMAGES = "2,000 images, 120 rounds"
-UNCLIPPED = "gradients not clipped"
+UNCLIPPED = "gradients not clipped, a constant rate"
 KEPT = "clients keep the optimizer's state"
 #: Variants that are of another scale than their task.
 RESCALED: dict[str, dict[str, Any]] = {
     FEW_IMAGES: {"examples": 2000, "num_clients": 2, "num_rounds": 120,
                  "learning_rate_decay": 0.98},
-    UNCLIPPED: {"max_grad_norm": None, "num_rounds": 15},
+    UNCLIPPED: {"max_grad_norm": None, "num_rounds": 20, "learning_rate_decay": 1.0},
 }  # fmt: skip
 #: Variants that are tuned by themselves; others take the rate of their method as it is.
 TUNED = (UNCLIPPED, KEPT, "response 0.3", "response 3")

@@ -125,9 +125,9 @@ def unclipped_kinds(scale: str, task: str) -> list[Cell]:
 
 
 def unclipped_cells(scale: str, task: str) -> list[Cell]:
-    """Thirty runs of each method, seed by seed."""
-    return [replace(kind, seed=seed) for seed in UNCLIPPED_SEEDS
-            for kind in unclipped_kinds(scale, task)]  # fmt: skip
+    """Thirty runs of each method."""
+    return [replace(kind, seed=seed) for kind in unclipped_kinds(scale, task)
+            for seed in UNCLIPPED_SEEDS]  # fmt: skip
 
 
 def unclipped(scale: str, task: str, results: Results) -> str:
@@ -146,7 +146,8 @@ def unclipped(scale: str, task: str, results: Results) -> str:
             "worst run's", "rate"]  # fmt: skip
     tuned = tuned_over(results, kinds, lambda cell: LABELS[cell.method])
     return (
-        f"{table(head, lines)}\n\nIID, {kinds[0].of.num_rounds} rounds, a run for each seed. A run "
+        f"{table(head, lines)}\n\nIID, {kinds[0].of.num_rounds} rounds at a "
+        "constant rate, a run for each seed. A run "
         f"collapses that ends, or at some evaluation is, more than {100 * COLLAPSE:.0f} points "
         "below where it was before, or diverges. An update that is not finite is refused.\n\n"
         f"{tuned}"
