@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate.state import PartialState, is_initialized
 
+import fedpara_peft
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -43,7 +45,8 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "peft", "transformers", "fedpara-peft")},
+        **{name: version(name) for name in ("torch", "peft", "transformers")},
+        "fedpara-peft": fedpara_peft.__version__,  # which may run from its sources
     }
 
 

@@ -1,53 +1,348 @@
 """The measurements of the paper's claims: interrupted runs go on, rates are tuned once."""
 
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "paper"
+TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
 
 
 @pytest.fixture
-def cells(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import cells
-
-    return cells
-
-
-def trainer(trained, fails_after=None):
-    """Pretends to train; the best rate is 0.1."""
-
-    def train(cell):
-        if fails_after is not None and len(trained) == fails_after:
-            raise KeyboardInterrupt
-        trained.append(cell)
-        return {"accuracy": 1 - abs(cell.learning_rate - 0.1), "seconds": 1.0}
-
-    return train
+def paper(monkeypatch):
+    """The benchmark's modules by name, for this process and those that it starts."""
+    for folder in (BENCHMARKS, BENCHMARKS / "paper", TESTS):
+        monkeypatch.syspath_prepend(str(folder))
+    return __import__
 
 
-def test_an_interrupted_run_goes_on_with_the_first_missing_cell(cells, tmp_path):
-    wanted = [cells.Cell("cifar10", "cpu", "fedpara", seed=seed) for seed in (0, 1)]
-    grid = wanted[0].of.grid
-    trained = []
-    with pytest.raises(KeyboardInterrupt):
-        cells.Results(tmp_path).train(wanted, trainer(trained, fails_after=len(grid) + 1))
-    assert [c.learning_rate for c in trained] == [*grid, 0.1]
-    assert {c.seed for c in trained[:-1]} == {cells.TUNING_SEED}
-    cells.Results(tmp_path).train(wanted, trainer(trained))
-    assert [c.seed for c in trained[len(grid) :]] == [0, 1]
-    results = cells.Results(tmp_path)
+@pytest.fixture
+def cells(paper):
+    return paper("cells")
+
+
+@pytest.fixture
+def run(paper, tmp_path):
+    """Trains cells by pretended work; returns the results, the log of rounds and what failed."""
+
+    def run(wanted, best=0.1, **limits):
+        pool, cells, pretended = paper("pool"), paper("cells"), paper("pretended_work")
+        results = cells.Results(tmp_path)
+        work = functools.partial(pretended.work, log=tmp_path / "log", best=best)
+        how = pool.Limits(**limits)
+        failed = pool.train_all(wanted, results, work, how, tmp_path / "checkpoints")
+        log = tmp_path / "log"
+        return results, log.read_text().splitlines() if log.exists() else [], failed
+
+    return run
+
+
+def of_seeds(cells, *seeds, **given):
+    return [cells.Cell("cifar10", "cpu", "fedpara", seed=seed, **given) for seed in seeds]
+
+
+def test_cells_wait_for_their_tuning_and_each_is_trained_once(cells, run):
+    wanted = of_seeds(cells, 0, 1)
+    results, log, failed = run([*wanted, wanted[0]], jobs=2)
+    rounds = Counter(log)
+    assert not failed
+    assert set(rounds.values()) == {1}
+    of_cells = Counter(line.rsplit(" ", 1)[0] for line in log)
+    tuning = {f"{cells.TUNING_SEED} {rate}" for rate in wanted[0].grid}
+    assert of_cells.keys() == tuning | {"0 0.1", "1 0.1"}
+    last_of_tuning = max(i for i, line in enumerate(log) if line.startswith("100"))
+    assert min(i for i, line in enumerate(log) if line.endswith(" 0.1 0")) <= last_of_tuning
+    first = min(i for i, line in enumerate(log) if line[:2] in ("0 ", "1 "))
+    assert last_of_tuning < first
     assert results.get(wanted[1])["accuracy"] == 1
     assert results.get(replace(wanted[0], method="dense")) is None
 
 
-def test_tables_that_share_a_cell_train_it_once(cells, tmp_path):
-    cell = cells.Cell("mnist", "cpu", "fedavg", split="classes")
-    trained = []
-    results = cells.Results(tmp_path)
-    results.train([cell], trainer(trained))
-    results.train([cell, replace(cell, gamma=0.2)], trainer(trained))
-    keys = [c.key() for c in trained]
-    assert len(set(keys)) == len(keys) == 2 + len(cell.of.grid)
+@pytest.mark.parametrize(
+    ("best", "added"), [(1.0, [1.0, 3.0]), (0.003, [0.003, 0.001]), (0.1, []), (1e6, None)]
+)
+def test_a_grid_grows_at_the_end_where_the_best_rate_lies(cells, run, best, added):
+    (wanted,) = of_seeds(cells, 0)
+    results, log, _ = run([wanted], best=best)
+    rates = {float(line.split()[1]) for line in log if line.startswith("100")}
+    if added is None:  # it does not grow for ever
+        assert results.tuned(wanted).learning_rate == max(rates) == 30.0
+        return
+    assert rates == {*wanted.grid, *added}
+    assert results.tuned(wanted).learning_rate == best
+
+
+def test_a_grid_that_doubles_goes_on_doubling(cells, run):
+    wanted = cells.Cell("cifar10", "cpu", "fedpara")
+    wanted = replace(wanted, task="shakespeare", gamma=0.0)
+    _, log, _ = run([wanted], best=64.0)
+    rates = sorted({float(line.split()[1]) for line in log if line.startswith("100")})
+    assert rates == [4, 8, 16, 32, 64, 128]
+
+
+def test_an_optimizer_and_a_variant_with_tuning_of_its_own_have_their_own_runs(cells):
+    plain = cells.Cell("cifar10", "wide", "fedpara", split="dirichlet")
+    with_adamw = replace(plain, optim="adamw", variant=cells.KEPT)
+    (run,) = with_adamw.tuning([0.01])
+    assert (run.optim, run.variant, run.split, run.seed) == ("adamw", cells.KEPT, "iid", 100)
+    (run,) = replace(plain, variant="tanh").tuning([0.01])
+    assert run.variant == ""
+    assert json.loads(plain.key()).keys() == {"task", "scale", "method", "split"}
+
+
+def test_when_time_is_up_what_trains_goes_on_next_time(cells, run, paper):
+    hangs = paper("pretended_work").HANGS
+    wanted = of_seeds(cells, 0, hangs, learning_rate=0.1)
+    began = time.monotonic()
+    results, log, failed = run(wanted, jobs=2, minutes=0.2)
+    assert time.monotonic() - began < 40
+    assert not failed
+    assert results.get(wanted[0])
+    assert results.get(wanted[1]) is None
+    assert [line for line in log if line.startswith(f"{hangs} ")] == [f"{hangs} 0.1 0"]
+
+
+def test_a_killed_queue_goes_on_where_it_was(cells, tmp_path):
+    """SIGKILL to it and all its workers in the middle of a cell: no round is trained twice."""
+    code = (
+        "import functools, sys; from pathlib import Path\n"
+        "import cells, pool, pretended_work\n"
+        "folder = Path(sys.argv[1])\n"
+        "wanted = [cells.Cell('cifar10', 'cpu', 'fedpara', seed=s) for s in (0, 1)]\n"
+        "work = functools.partial(pretended_work.work, log=folder / 'log', round_s=0.2)\n"
+        "if __name__ == '__main__':\n"
+        "    pool.train_all(wanted, cells.Results(folder), work, pool.Limits(jobs=2), folder / 'c')"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    path = os.pathsep.join([*map(str, (BENCHMARKS, BENCHMARKS / "paper", TESTS)),
+                            os.environ.get("PYTHONPATH", "")])  # fmt: skip
+    command = [sys.executable, script, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": path}
+    log = tmp_path / "log"
+
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    while not log.exists() or len(log.read_text().splitlines()) < 6:
+        assert first.poll() is None
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    lines = log.read_text().splitlines()
+    assert len(lines) < 6 * 4
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    rounds = Counter(log.read_text().splitlines())
+    assert len(rounds) == 6 * 4  # four rates, two seeds
+    # A round that was in the log and not yet in its checkpoint may be there twice.
+    assert sum(rounds.values()) <= len(rounds) + 2
+    results = [
+        json.loads(line) for line in (tmp_path / "cpu-cifar10.jsonl").read_text().splitlines()
+    ]
+    assert len({json.dumps(row["cell"]) for row in results}) == len(results) == 6
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_half_a_line_of_a_killed_process_is_cut_off(cells, run, tmp_path):
+    (wanted,) = of_seeds(cells, 0, learning_rate=0.1)
+    run([wanted])
+    file = tmp_path / "cpu-cifar10.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"cell": {"task": "cif')
+    results, _, _ = run(of_seeds(cells, 0, 1, learning_rate=0.1))
+    assert file.read_text().startswith(whole)
+    assert len(results.found) == len(file.read_text().splitlines()) == 2
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(cells, run, paper, capsys):
+    pretended = paper("pretended_work")
+    wanted = of_seeds(cells, pretended.DIES, pretended.RAISES, 0, learning_rate=0.1)
+    results, _, failed = run(wanted)
+    assert failed == [cell.key() for cell in wanted[:2]]
+    assert results.get(wanted[2])
+    said = capsys.readouterr().out
+    assert "ended with code 3" in said
+    assert "a fault of the benchmark" in said
+
+
+# Real training, at toy size.
+
+
+@pytest.fixture
+def toy(paper, monkeypatch):
+    """The wide scale with little to do: random images of 16 pixels a side, two clients."""
+    cells, inputs = paper("cells"), paper("inputs")
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)
+    data = TensorDataset(images, torch.arange(60) % 10)
+    monkeypatch.setattr(inputs, "images", lambda *_: (data, data))
+    scale = cells.Scale(2, 1, 4, 1, 8, (0.03, 0.1), 2, 0.9, width=0.125, net="VGG4")
+    monkeypatch.setitem(cells.SCALES, ("wide", "cifar10"), scale)
+    return cells.Cell("cifar10", "wide", "fedpara", learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "method", ["dense", "lowrank", "fedpara", "lowrank seeded", "fedpara seeded"]
+)
+@pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
+def test_a_wide_cell_is_trained_by_each_optimizer(toy, paper, tmp_path, method, optim):
+    cell = replace(toy, method=method, optim=optim, learning_rate=0.01)
+    row = paper("folding").work(cell, tmp_path, {"cifar10": ""})
+    assert [point[0] for point in row["curve"]] == [1, 2, 3, 4]
+    assert not row["diverged"]
+    assert row["bytes"] >= 2 * 4 * 4 * row["parameters"]
+    assert row["turn_s"] > 0
+    assert {"torch", "peft", "fedpara-peft"} == row["versions"].keys()
+    json.dumps(row, allow_nan=False)
+
+
+def test_beside_other_work_no_times_are_written_down(toy, paper, tmp_path):
+    row = paper("folding").work(toy, tmp_path, {"cifar10": ""}, alone=False)
+    assert row["turn_s"] is row["seconds"] is None
+
+
+def test_an_interrupted_cell_goes_on_from_its_checkpoint(toy, paper, tmp_path, monkeypatch):
+    train = paper("train")
+    whole = train.train(toy, tmp_path / "whole", {"cifar10": ""})
+    given = train.arguments
+
+    def shorter(cell, folder, **changed):
+        return given(cell, folder, **{**changed, "num_rounds": 2})
+
+    monkeypatch.setattr(train, "arguments", shorter)
+    train.train(toy, tmp_path / "parts", {"cifar10": ""})
+    monkeypatch.setattr(train, "arguments", given)
+    again = train.train(toy, tmp_path / "parts", {"cifar10": ""})
+    timed = ("seconds", "turn_s")
+    assert {k: v for k, v in again.items() if k not in timed} == {
+        k: v for k, v in whole.items() if k not in timed
+    }
+
+
+def test_a_cell_that_diverges_is_a_result(toy, paper, tmp_path):
+    cell = replace(toy, learning_rate=1e30, optim="sgd", variant=paper("cells").UNCLIPPED)
+    row = paper("folding").work(cell, tmp_path, {"cifar10": ""})
+    assert row["diverged"] or row["refused"]
+    json.dumps(row, allow_nan=False)
+    assert cell.score({"accuracy": 0.9, "diverged": True}) < 0
+
+
+@pytest.mark.parametrize("method", ["lowrank seeded", "fedpara seeded"])
+def test_folding_changes_the_factors_and_not_the_function(toy, paper, tmp_path, method):
+    train, folding = paper("train"), paper("folding")
+    cell = replace(toy, method=method)
+    task = train.build(cell, {"cifar10": ""})
+    model = train.factorize(task.model, task.targets, cell).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(4, 3, 16, 16)
+    wanted = model(images)
+    new = folding.folded(model, task.targets, cell, base_seed=5).eval()
+    torch.testing.assert_close(new(images), wanted, rtol=1e-4, atol=1e-5)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names == [n for n, p in new.named_parameters() if p.requires_grad]
+    factors = [n for n in names if "fedpara" in n]
+    assert factors
+    assert not any(torch.equal(model.get_parameter(n), new.get_parameter(n)) for n in factors)
+
+
+def test_a_folded_cell_sends_what_clients_missed(toy, paper, tmp_path, monkeypatch):
+    folding = paper("folding")
+    monkeypatch.setitem(folding.FOLDED, "folded every round", 1)
+    cell = replace(toy, method="fedpara seeded")
+    plain = folding.work(cell, tmp_path / "plain", {"cifar10": ""})
+    cell = replace(cell, variant="folded every round")
+    row = folding.work(cell, tmp_path / "folded", {"cifar10": ""})
+    assert [point[0] for point in row["curve"]] == [1, 2, 3, 4]
+    assert row["curve"][-1][1] == row["bytes"] > plain["bytes"]
+    assert row["parameters"] == plain["parameters"]
+    again = folding.work(cell, tmp_path / "folded", {"cifar10": ""})
+    assert again["curve"] == row["curve"]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["response 3", "decay of the product, λ = 0.001", "decay of what trains, λ = 0.001"],
+)
+def test_variants_change_the_run(toy, paper, tmp_path, variant):
+    work = paper("folding").work
+    cell = replace(toy, method="fedpara seeded")
+    plain = work(cell, tmp_path / "plain", {"cifar10": ""})
+    row = work(replace(cell, variant=variant), tmp_path / "variant", {"cifar10": ""})
+    assert row["train_loss"] != plain["train_loss"]
+    assert row["bytes"] == plain["bytes"]
+
+
+def test_a_client_that_comes_back_is_told_all_folds_since(paper):
+    catching_up = paper("folding").catching_up
+    cohorts = [[["a"], ["b"]], [["a"], ["a", "c"]], [["b", "c"]], [["a"]]]
+    # Part 1: a missed one fold, then none, c one. Part 2: b two, c one. Part 3: a two.
+    assert catching_up(cohorts, 10, 1000) == [0, 0, 10, 10, 30, 20]
+    assert catching_up(cohorts, 10, 15) == [0, 0, 10, 10, 25, 15]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "fell"), [([0.1, 0.4, 0.36], False), ([0.1, 0.4, 0.34, 0.5], True), ([], False)]
+)
+def test_a_run_collapses_when_it_falls_back_by_five_points(paper, accuracies, fell):
+    curve = [[i, 0, accuracy] for i, accuracy in enumerate(accuracies)]
+    assert paper("more").collapsed({"curve": curve, "diverged": False}) is fell
+    assert paper("more").collapsed({"curve": curve, "diverged": True})
+
+
+# Fine-tuning.
+
+
+@pytest.fixture
+def tiny(paper, monkeypatch, tmp_path):
+    base, cells = paper("finetune.base").base, paper("finetune.cells").cells
+    monkeypatch.setattr(base, "CACHE", tmp_path / "cache")
+    base.prepare("tiny", "stdlib", cells.SCALES["toy"], "")
+    return cells
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "frozen", "LoRA", "rsLoRA", "LoHa", "FedPara", "FedPara, rank-stabilized",
+        "FedPara, LoHa's start", "FedPara, LyCORIS's start", "FedPara, ABBA's start",
+    ],
+)  # fmt: skip
+def test_an_adapter_is_fine_tuned_and_all_have_one_size(tiny, paper, tmp_path, adapter):
+    work = paper("finetune.work").work
+    cell = tiny.Tune("stdlib", adapter, "toy", learning_rate=0.02)
+    row = work.work(cell, tmp_path / "run", "tiny")
+    frozen = work.work(replace(cell, adapter="frozen"), tmp_path / "frozen", "tiny")
+    assert row["parameters"] == 2 * 4 * (4 * (128 + 128) + 3 * (128 + 256))  # layers, 2r, matrices
+    assert frozen["bytes"] == 0
+    if adapter == "frozen":
+        assert row["loss"] == frozen["loss"]
+        return
+    assert row["loss"] < frozen["loss"]
+    assert row["bytes"] == pytest.approx(2 * 3 * 4 * row["parameters"], rel=0.2)
+    assert [point[0] for point in row["curve"]] == [1, 2, 3]
+    json.dumps(row, allow_nan=False)
+
+
+def test_the_last_fifth_of_a_clients_text_is_held_out(tiny, paper):
+    base = paper("finetune.base").base
+    scale = tiny.Scale(2, 1, 1, 1, 1, 1, 4, 8, 2, "no")
+    tokenizer = lambda text, **_: {"input_ids": [ord(c) for c in text]}  # noqa: E731
+    text = "".join(map(chr, range(97, 119)))
+    found = base.in_blocks({"long": text, "short": text[:20], "tiny": "ab"}, tokenizer, scale)
+    assert {n: ids.shape for n, ids in found["clients"].items()} == {
+        "long": (4, 4), "short": (4, 4)
+    }  # fmt: skip
+    assert found["held_out"].tolist() == [[ord(c) for c in text[16:20]]] * 2
+    with pytest.raises(SystemExit, match="1 parts"):
+        base.in_blocks({"long": text}, tokenizer, scale)

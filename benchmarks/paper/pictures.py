@@ -9,7 +9,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-STROKES = {"dense": ("#444444", "-"), "fedpara": ("#c0392b", "--"), "lowrank": ("#2471a3", ":")}
+STROKES = {"dense": ("#444444", "-"), "fedpara": ("#c0392b", "--"), "lowrank": ("#2471a3", ":"),
+           "fedpara seeded": ("#d68910", "-."),
+           "lowrank seeded": ("#1e8449", (0, (3, 1, 1, 1, 1, 1)))}  # fmt: skip
 MARKERS = {"iid": "o"}
 METHODS = {"pFedPara": ("#c0392b", "o", "-"), "FedPer": ("#2471a3", "s", "--"),
            "FedAvg": ("#444444", "^", "-."), "local only": ("#1e8449", "x", ":")}  # fmt: skip

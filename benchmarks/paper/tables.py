@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pictures
-from cells import DEFAULT_GAMMA, FAN_IN_HE, FEW_IMAGES, SEEDS, Cell, Results
+from cells import DEFAULT_GAMMA, FAN_IN_HE, FEW_IMAGES, RESULTS, SEEDS, Cell, Results
 from report import table
 
 from fedpara_peft.comm.ledger import PAPER_MEGABITS_PER_S, transfer_s
 
 Rows = list[dict[str, Any]]
 LABELS = {"dense": "dense", "fedpara": "FedPara", "lowrank": "low-rank", "pfedpara": "pFedPara",
-          "fedper": "FedPer", "fedavg": "FedAvg", "local": "local only"}  # fmt: skip
+          "fedper": "FedPer", "fedavg": "FedAvg", "local": "local only",
+          "fedpara seeded": "FedPara, seeded base",
+          "lowrank seeded": "low-rank, seeded base"}  # fmt: skip
 STRATEGIES = ("FedAvg", "FedProx", "Scaffold", "FedDyn", "FedAdam")
 INITIALIZATIONS = ("", FAN_IN_HE)
 VARIANTS = (*INITIALIZATIONS, "tanh", "Jacobian correction, λ = 1",
@@ -29,22 +31,7 @@ SCENARIOS = (
 PERSONAL = ("pfedpara", "fedper", "fedavg", "local")
 TARGETS = (0.8, 0.9)
 EQUAL_SIZE = ("dense", "fedpara", "lowrank")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table or figure.
-
-    Attributes:
-        tasks: those it is made for, by scale.
-        cells: its cells for a scale and task.
-        show: Markdown of what was found; writes its picture too.
-    """
-
-    title: str
-    tasks: dict[str, tuple[str, ...]]
-    cells: Callable[[str, str], list[Cell]]
-    show: Callable[[str, str, Results], str]
+METHODS = (*EQUAL_SIZE, "fedpara seeded", "lowrank seeded")
 
 
 def seeds(cell: Cell) -> list[Cell]:
@@ -70,6 +57,18 @@ def one_seed(results: Results, cells: list[Cell]) -> list[tuple[Cell, dict[str, 
     return [(cell, row) for cell in cells for row in found(results, cell, False)]
 
 
+def splits(task: str) -> tuple[str, ...]:
+    """The divisions of a task's data."""
+    return {"shakespeare": ("iid", "role"), "cifar10-vgg16": ("iid",)}.get(
+        task, ("iid", "dirichlet")
+    )
+
+
+def each(rows: Rows) -> str:
+    """The accuracy of every seed."""
+    return ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
+
+
 def percent(rows: Rows, name: str = "accuracy") -> str:
     """Mean ± standard deviation, and of how many seeds where some are missing."""
     values = [100 * row[name] for row in rows]
@@ -82,9 +81,8 @@ def percent(rows: Rows, name: str = "accuracy") -> str:
 
 def equal_size_cells(scale: str, task: str) -> list[Cell]:
     """Table 2: dense, FedPara and low-rank of FedPara's size."""
-    splits = ("iid", "role" if task == "shakespeare" else "dirichlet")
     kinds = [(split, method, DEFAULT_GAMMA[task])
-             for split in splits for method in EQUAL_SIZE]  # fmt: skip
+             for split in splits(task) for method in METHODS]  # fmt: skip
     if DEFAULT_GAMMA[task] and scale == "cpu":
         kinds += [("iid", "fedpara", 0.0), ("iid", "lowrank", 0.0)]
     return [c for split, method, gamma in kinds
@@ -101,27 +99,36 @@ def equal_size(scale: str, task: str, results: Results) -> str:
             continue
         gamma = "" if cell.method == "dense" else f", γ = {cell.gamma:g}"
         lines.append([f"{cell.split}, {LABELS[cell.method]}{gamma}", f"{rows[0]['parameters']:,}",
-                      f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), str(len(rows)),
+                      f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), each(rows),
                       rate(results, cell)])  # fmt: skip
-    return table(["split, model", "parameters", "MB sent", "accuracy, %", "seeds", "rate"], lines)
+    head = ["split, model", "parameters", "MB sent", "accuracy, %", "every seed's", "rate"]
+    return table(head, lines)
 
 
-def rate_cells(scale: str, task: str) -> list[Cell]:
-    """The runs that tuned the rates of table 2."""
-    bases = [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task]) for method in EQUAL_SIZE]
-    return [cell for base in bases for cell in base.tuning()]
+def rate_kinds(scale: str, task: str) -> list[Cell]:
+    """What is tuned for table 2."""
+    return [Cell(task, scale, method, gamma=DEFAULT_GAMMA[task]) for method in METHODS]
 
 
 def rates(scale: str, task: str, results: Results) -> str:
     """Accuracy by learning rate."""
-    of = Cell(task, scale, "dense").of
-    cells = rate_cells(scale, task)
-    lines = [
-        [LABELS[method]] + [percent(found(results, c, False)) for c in cells if c.method == method]
-        for method in EQUAL_SIZE
-    ]
-    text = table(["accuracy, %", *(f"rate {rate:g}" for rate in of.grid)], lines)
-    return f"{text}\n\nThe runs that tuned the rates: {of.tuning_rounds} rounds, IID, one seed."
+    return tuned_over(results, rate_kinds(scale, task), lambda cell: LABELS[cell.method])
+
+
+def tuned_over(results: Results, kinds: list[Cell], label: Callable[[Cell], str]) -> str:
+    """Accuracy by learning rate, of the runs that tuned the rates; the grids grew as needed."""
+    tuned = [(kind, results.tuning(kind)) for kind in kinds]
+    runs = {
+        label(kind): {cell.learning_rate: found(results, cell, False) for cell in cells}
+        for kind, (cells, best) in tuned
+        if best is not None
+    }
+    columns = sorted({rate for of in runs.values() for rate in of})
+    lines = [[name, *(percent(of[r]) if r in of else "" for r in columns)]
+             for name, of in runs.items()]  # fmt: skip
+    text = table(["accuracy, %", *(f"rate {rate:g}" for rate in columns)], lines)
+    rounds = kinds[0].of.tuning_rounds
+    return f"{text}\n\nThe runs that tuned the rates: {rounds} rounds, IID, one seed."
 
 
 def few_cells(scale: str, task: str) -> list[Cell]:
@@ -146,23 +153,24 @@ def few(scale: str, task: str, results: Results) -> str:
 def traffic(scale: str, task: str, results: Results) -> str:
     """Figure 3: accuracy against bytes, and bytes and time to a target."""
     lines, curves = [], []
-    for split in ("iid", "role" if task == "shakespeare" else "dirichlet"):
+    for split in splits(task):
         base = Cell(task, scale, "dense", split, DEFAULT_GAMMA[task])
-        by_method = {m: found(results, replace(base, method=m)) for m in EQUAL_SIZE}
+        by_method = {m: found(results, replace(base, method=m)) for m in METHODS}
         for method, rows in by_method.items():
             if rows:
                 curves.append((f"{LABELS[method]}, {split}", method, split, mean_curve(rows)))
         for share in TARGETS if by_method["dense"] else ():
             lines += to_target(by_method, share, split, base.of.clients_per_round)
     name = f"{scale}-{task}-figure3.png"
-    pictures.accuracy_for_bytes(curves, results.folder / name, f"{task}, {scale} scale")
+    pictures.accuracy_for_bytes(curves, RESULTS / name, f"{task}, {scale} scale")
     header = ["split, model", "target", "rounds", "MB to it", "times fewer than dense",
               *(f"s at {speed:g} Mbit/s" for speed in PAPER_MEGABITS_PER_S)]  # fmt: skip
     return (
         table(header, lines)
         + f"\n\nTargets: {' and '.join(map(str, TARGETS))} of the dense model's mean accuracy. "
         "Energy is proportional to the bytes, whatever a bit costs. Time: a client's turn as "
-        f"measured here, and its transfers, down and up.\n\n![accuracy against bytes]({name})"
+        f"measured here, and its transfers, down and up; left out where other work ran beside "
+        f"it.\n\n![accuracy against bytes]({name})"
     )
 
 
@@ -179,14 +187,21 @@ def to_target(by_method: dict[str, Rows], share: float, split: str, clients: int
             lines.append([*start, "not reached by all", *[""] * (2 + len(PAPER_MEGABITS_PER_S))])
             continue
         per_round = rows[0]["bytes"] / rows[0]["curve"][-1][0]
-        turn = statistics.median(row["turn_s"] for row in rows)
+        turn = turn_s(rows)
         times = [
-            sent / per_round * (turn + transfer_s(per_round / clients, speed))
+            "" if turn is None
+            else f"{sent / per_round * (turn + transfer_s(per_round / clients, speed)):,.0f}"
             for speed in PAPER_MEGABITS_PER_S
-        ]
+        ]  # fmt: skip
         lines.append([*start, f"{sent / per_round:.0f}", f"{sent / 1e6:,.1f}",
-                      f"{reference / sent:.1f}", *(f"{t:,.0f}" for t in times)])  # fmt: skip
+                      f"{reference / sent:.1f}", *times])  # fmt: skip
     return lines
+
+
+def turn_s(rows: Rows) -> float | None:
+    """Seconds of a client's turn; None where other work ran beside it."""
+    turns = [row["turn_s"] for row in rows]
+    return None if None in turns else statistics.median(turns)
 
 
 def share_of(rows: Rows, share: float) -> float:
@@ -227,7 +242,7 @@ def gammas(scale: str, task: str, results: Results) -> str:
               for r in dense]  # fmt: skip
     name = f"{scale}-{task}-figure4.png"
     level = dense[0]["accuracy"] if dense else None
-    pictures.accuracy_by_gamma(points, level, results.folder / name, f"{task}, {scale} scale")
+    pictures.accuracy_by_gamma(points, level, RESULTS / name, f"{task}, {scale} scale")
     text = table(["γ", "parameters", "MB sent", "accuracy, %"], lines)
     return f"{text}\n\nOne seed, IID.\n\n![accuracy by rank ratio]({name})"
 
@@ -288,7 +303,7 @@ def ablations(scale: str, task: str, results: Results) -> str:
         if rows := found(results, cell):
             lines.append([f"{LABELS[cell.method]}, {cell.variant or 'as it is'}",
                           f"{rows[0]['parameters']:,}", f"{rows[0]['bytes'] / 1e6:,.1f}",
-                          f"{statistics.median(row['turn_s'] for row in rows):.2f}",
+                          "" if turn_s(rows) is None else f"{turn_s(rows):.2f}",
                           percent(rows), str(len(rows)), rate(results, cell)])  # fmt: skip
     header = ["model", "parameters", "MB sent", "s a turn", "accuracy, %", "seeds", "rate"]
     return (
@@ -328,7 +343,7 @@ def personal(scale: str, task: str, results: Results) -> str:
             curves.append((LABELS[method], list(zip(numbers, heights, strict=True))))
         panels.append((title, curves))
     name = f"{scale}-{task}-figure5.png"
-    pictures.learning_curves(panels, results.folder / name)
+    pictures.learning_curves(panels, RESULTS / name)
     header = ["clients' data: method", "accuracy on own data, %", "worst tenth of clients, %",
               "kB a client and round, up and down", "rate"]  # fmt: skip
     return (
@@ -336,24 +351,3 @@ def personal(scale: str, task: str, results: Results) -> str:
         + f"\n\nMean ± standard deviation of {len(SEEDS)} seeds. MNIST stands in for FEMNIST."
         + f"\n\n![learning curves]({name})"
     )
-
-
-_IMAGES = {"cpu": ("cifar10",), "full": ("cifar10", "cifar100", "cinic10")}
-_ALL = {"cpu": ("cifar10", "shakespeare"), "full": (*_IMAGES["full"], "shakespeare")}
-_ONE = {"cpu": ("cifar10",), "full": ("cifar10",)}
-_CPU = {"cpu": _ALL["cpu"], "full": ()}  # the full scale has one rate only
-_FEW = {"cpu": ("cifar10",), "full": ()}
-_MNIST = {"cpu": ("mnist",), "full": ("mnist",)}
-
-TABLES: dict[str, Table] = {
-    "table2": Table("FedPara and low-rank at equal size (Tab. 2)", _ALL, equal_size_cells,
-                    equal_size),
-    "few": Table("Trained to the end", _FEW, few_cells, few),
-    "rates": Table("How much the learning rate matters", _CPU, rate_cells, rates),
-    "figure3": Table("Accuracy for bytes sent (Fig. 3)", _ALL, equal_size_cells, traffic),
-    "figure5": Table("Personal models (Fig. 5)", _MNIST, personal_cells, personal),
-    "figure4": Table("Accuracy by rank ratio (Fig. 4)", _ONE, gamma_cells, gammas),
-    "table3": Table("Strategies (Tab. 3)", _ONE, strategy_cells, strategies),
-    "fedpaq": Table("Quantized uploads (FedPAQ)", _ONE, codec_cells, codecs),
-    "ablations": Table("What each part is for", _ONE, ablation_cells, ablations),
-}  # fmt: skip

@@ -1,0 +1,146 @@
+"""What is fine-tuned: texts, adapters, and how large the runs are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoHaConfig, LoraConfig
+
+from fedpara_peft import FedParaConfig
+
+RESULTS = Path(__file__).parents[1] / "results" / "finetune"
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100  # no table uses it
+TEXTS = ("stdlib", "shakespeare")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs are.
+
+    Attributes:
+        length: tokens of an example.
+        examples: of a client, at most; a fifth of its text, after them, is held out.
+        r: inner rank; LoRA's is 2r, for the same number of parameters.
+        mixed_precision: of the arithmetic.
+    """
+
+    num_clients: int
+    clients_per_round: int
+    num_rounds: int
+    tuning_rounds: int
+    num_local_epochs: int
+    batch_size: int
+    length: int
+    examples: int
+    r: int
+    mixed_precision: str
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+SCALES = {
+    "gpu": Scale(20, 4, 10, 5, 2, 16, 128, 64, 4, "bf16"),
+    "cpu": Scale(20, 2, 4, 2, 1, 4, 64, 16, 4, "no", ("q_proj", "v_proj")),
+    "toy": Scale(2, 1, 3, 2, 1, 4, 32, 8, 2, "no"),
+}
+#: Rates that tuning begins with; LoRA's usual ones are among AdamW's.
+GRIDS = {"adamw": (3e-4, 1e-3, 3e-3), "sgd": (0.1, 0.3, 1.0)}
+
+#: A configuration for a rank and targets, by the adapter's name. The first trains nothing.
+ADAPTERS: dict[str, Any] = {
+    "frozen": None,
+    "LoRA": lambda r, t: LoraConfig(r=2 * r, lora_alpha=2 * r, target_modules=t),
+    "FedPara": lambda r, t: FedParaConfig(r=r, alpha=r, target_modules=t),
+    "LoHa": lambda r, t: LoHaConfig(r=r, alpha=r, target_modules=t),
+    "rsLoRA": lambda r, t: LoraConfig(r=2 * r, lora_alpha=2 * r, use_rslora=True, target_modules=t),
+    "FedPara, LoHa's start": lambda r, t: FedParaConfig(
+        r=r, alpha=r, init_weights="loha", target_modules=t
+    ),
+    "FedPara, LyCORIS's start": lambda r, t: FedParaConfig(
+        r=r, alpha=r, init_weights="lycoris", target_modules=t
+    ),
+    "FedPara, ABBA's start": lambda r, t: FedParaConfig(
+        r=r, alpha=r, init_weights="abba", target_modules=t
+    ),
+    "FedPara, rank-stabilized": lambda r, t: FedParaConfig(
+        r=r, alpha=r, use_rslora=True, target_modules=t
+    ),
+}
+#: Those that are trained by plain SGD as well.
+WITH_SGD = ("LoRA", "FedPara", "LoHa")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """One fine-tuning run.
+
+    Attributes:
+        text: ``"stdlib"``, where every client has a package of Python's standard library, or
+            ``"shakespeare"``, where it has a role.
+        adapter: its name in :data:`ADAPTERS`.
+        rounds: None for the scale's.
+        learning_rate: None for the one that tuning finds.
+    """
+
+    text: str
+    adapter: str
+    scale: str = "gpu"
+    optim: str = "adamw"
+    rounds: int | None = None
+    learning_rate: float | None = None
+    seed: int = 0
+
+    @property
+    def of(self) -> Scale:
+        """The scale's figures."""
+        return SCALES[self.scale]
+
+    @property
+    def file(self) -> str:
+        """Name of the file that has its result."""
+        return f"{self.scale}-{self.text}"
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """Rates that tuning begins with."""
+        return GRIDS[self.optim] if self.adapter != "frozen" else (1e-3,)
+
+    @property
+    def grows(self) -> bool:
+        """Tuning goes on beyond the ends of the grid."""
+        return True
+
+    def tuning(self, rates: Sequence[float]) -> list[Tune]:
+        """Shorter runs of another seed."""
+        base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds)
+        return [replace(base, learning_rate=rate) for rate in rates]
+
+    def key(self) -> str:
+        """What tells it from all others: its settings that are not the defaults."""
+        given = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        }
+        return json.dumps(given, sort_keys=True)
+
+    def score(self, row: dict[str, Any]) -> float:
+        """Less held-out loss is better; of a run that diverged nothing is good."""
+        return -math.inf if row["diverged"] or row["loss"] is None else -row["loss"]
+
+
+def wanted(scale: str, texts: Sequence[str], adapters: Sequence[str]) -> list[Tune]:
+    """The runs of the tables, the most telling first."""
+    return [
+        Tune(text, adapter, scale, optim, seed=seed)
+        for optim in GRIDS
+        for text in texts
+        for adapter in adapters
+        if optim == "adamw" or adapter in WITH_SGD
+        for seed in (SEEDS if adapter != "frozen" else SEEDS[:1])
+    ]

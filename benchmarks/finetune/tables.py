@@ -1,0 +1,116 @@
+"""The fine-tuning runs as tables."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from pool import Results
+from report import table
+
+from .cells import ADAPTERS, GRIDS, RESULTS, SEEDS, TEXTS, WITH_SGD, Tune
+
+ABOUT = {
+    "stdlib": "Python's standard library, a package or module for each client",
+    "shakespeare": "the plays of tiny Shakespeare, a role for each client",
+}
+
+
+def write(results: Results[Tune]) -> None:
+    """Write ``results/finetune.md`` of all scales and texts that were run."""
+    parts = [
+        part
+        for scale in ("gpu", "cpu")
+        for text in TEXTS
+        if (part := section(results, scale, text))
+    ]
+    if not parts:
+        return
+    intro = (
+        "# Fine-tuning a language model: adapters of equal size\n\n"
+        "SmolLM2-135M-Instruct (dequantized from Q4_1), frozen; adapters in all linear layers, or "
+        "where said so in some; every method's learning rate is tuned by the same rule: shorter "
+        "runs of another seed over a grid that grows at an end where the best lies. Loss: mean "
+        "over the tokens of all clients' held-out text, ± standard deviation of the seeds.\n"
+    )
+    (RESULTS.parent / "finetune.md").write_text(intro + "\n" + "\n\n".join(parts) + "\n")
+
+
+def section(results: Results[Tune], scale: str, text: str) -> str:
+    """A text at a scale; empty if nothing was run."""
+    kinds = [
+        Tune(text, adapter, scale, optim)
+        for optim in GRIDS
+        for adapter in ADAPTERS
+        if optim == "adamw" or adapter in WITH_SGD
+    ]
+    lines = []
+    some: dict[str, Any] = {}
+    for kind in kinds:
+        if not (rows := found(results, kind)):
+            continue
+        some = rows[0]
+        frozen = kind.adapter == "frozen"
+        tuned = results.tuned(kind)
+        assert tuned is not None
+        lines.append([
+            kind.adapter if frozen else f"{kind.adapter}, {kind.optim}",
+            "" if frozen else f"{some['parameters']:,}",
+            "" if frozen else f"{some['bytes'] / 1e6:,.1f}",
+            losses(rows), ", ".join(shown(row) for row in rows),
+            "" if frozen else f"{tuned.learning_rate:g}",
+        ])  # fmt: skip
+    if not lines:
+        return ""
+    of = kinds[0].of
+    targets = "all linear layers" if of.targets == "all-linear" else ", ".join(of.targets)
+    train, held_out = some["examples"]
+    versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
+    setting = (
+        f"`python benchmarks/finetune/run.py --scale {scale} --texts {text}`\n\n"
+        f"{some['hardware']}, {versions}\n\n"
+        f"{of.num_clients} clients with {train:,} examples of {of.length} tokens, {held_out:,} "
+        f"held out; {of.clients_per_round} a round, {of.num_rounds} rounds (tuning: "
+        f"{of.tuning_rounds}), {of.num_local_epochs} local epochs, batch {of.batch_size}; "
+        f"r = {of.r} in {targets}; rates rise for a round and fall to nothing; gradients clipped "
+        "at norm 1."
+    )
+    head = ["adapter", "parameters", "MB sent", "held-out loss", "every seed's", "rate"]
+    return "\n\n".join(
+        [f"## {text}: {ABOUT[text]}", setting, table(head, lines), tuning(results, kinds)]
+    )
+
+
+def tuning(results: Results[Tune], kinds: list[Tune]) -> str:
+    """Loss by learning rate, of the runs that tuned the rates."""
+    runs = {}
+    for kind in kinds:
+        cells, best = results.tuning(kind)
+        if kind.adapter != "frozen" and best is not None:
+            name = f"{kind.adapter}, {kind.optim}"
+            runs[name] = {c.learning_rate: results.found[c.key()] for c in cells}
+    columns = sorted({rate for of in runs.values() for rate in of if rate is not None})
+    lines = [[name, *(shown(of[rate]) if rate in of else "" for rate in columns)]
+             for name, of in runs.items()]  # fmt: skip
+    head = ["held-out loss of the tuning runs", *(f"rate {rate:g}" for rate in columns)]
+    return table(head, lines)
+
+
+def found(results: Results[Tune], kind: Tune) -> list[dict[str, Any]]:
+    """What there is of a kind, by seed."""
+    rows = [results.get(replace(kind, seed=seed)) for seed in SEEDS]
+    return [row for row in rows if row is not None]
+
+
+def losses(rows: list[dict[str, Any]]) -> str:
+    """Mean ± standard deviation."""
+    values = [row["loss"] for row in rows if row["loss"] is not None]
+    if len(values) < len(rows) or len(values) < 2:
+        return ", ".join(shown(row) for row in rows)
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A run's loss."""
+    return "diverged" if row["diverged"] or row["loss"] is None else f"{row['loss']:.4f}"
