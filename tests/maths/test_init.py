@@ -9,7 +9,7 @@ from fedpara_peft.maths.init import (
     TANH_VARIANCE_CAP,
     factor_std,
     half_variances,
-    identity_start_std,
+    identity_start_stds,
 )
 
 
@@ -82,7 +82,7 @@ def test_first_step_of_an_identity_start(name, kernel):
     """One SGD step from ΔW = 0 moves ΔW by the documented multiple of the gradient, in the mean."""
     m, n, r = 60, 30, 4
     fan_in = n * (9 if kernel else 1)
-    std = identity_start_std(r, fan_in, name, kernel=bool(kernel))
+    stds = identity_start_stds(r, fan_in, name, kernel=bool(kernel))
     ratios = []
     for _ in range(150):
         halves = []
@@ -90,9 +90,14 @@ def test_first_step_of_an_identity_start(name, kernel):
             half = Half(
                 torch.randn(m, r), torch.randn(n, r), torch.randn(r, r, *kernel) if kernel else None
             )
-            half = Half(*(None if f is None else std * f.double() for f in half))
+            half = Half(
+                *(
+                    None if f is None else s * f.double()
+                    for f, s in zip(half, stds[index], strict=True)
+                )
+            )
             if index == (1 if name == "fedpara" else 0) or (name == "pfedpara" and index == 1):
-                half.y.zero_()
+                half.x.zero_()
             halves.append(half)
         factors = [f.requires_grad_() for h in halves for f in h.tensors()]
         gradient = torch.randn(m, n, *kernel, dtype=torch.float64)

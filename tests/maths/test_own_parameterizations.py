@@ -7,7 +7,7 @@ from tests.own_parameterizations import OWN, by_hand
 from fedpara_peft import RankError, parameter_count
 from fedpara_peft.maths.apply import by_rows, form_rank, linear, low_rank_form
 from fedpara_peft.maths.compose import Half, add_composed_, compose, compose_shared, reachable_rank
-from fedpara_peft.maths.init import factor_std, half_variances, identity_start_std
+from fedpara_peft.maths.init import factor_std, half_variances, identity_start_stds
 from fedpara_peft.maths.parameterizations import (
     FEDPARA,
     PARAMETERIZATIONS,
@@ -122,12 +122,13 @@ def test_first_step_of_an_identity_start(name, kernel):
     """As for the package's own: as far as a LoRA of as many values."""
     m, n, r = 60, 30, 4
     fan_in = n * (9 if kernel else 1)
-    std = identity_start_std(r, fan_in, name, kernel=bool(kernel))
+    stds = identity_start_stds(r, fan_in, name, kernel=bool(kernel))
     own, ratios, eta = OWN[name], [], 1e-6
     for _ in range(200):
-        parts = [Half(*(std * f for f in h.tensors())) for h in halves(name, m, n, r, kernel)]
+        drawn = zip(halves(name, m, n, r, kernel), stds, strict=True)
+        parts = [Half(*(s * f for f, s in zip(h.tensors(), of, strict=False))) for h, of in drawn]
         for index in own.zero_halves:
-            parts[index].y.zero_()
+            parts[index].x.zero_()
         factors = [f.requires_grad_() for h in parts for f in h.tensors()]
         gradient = torch.randn(m, n, *kernel, dtype=torch.float64)
         steps = torch.autograd.grad(compose(parts, name), factors, gradient)

@@ -6,9 +6,10 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from fedpara_peft import ConfigError, FedParaConfig
-from fedpara_peft.maths.init import identity_start_std
+from fedpara_peft.maths.init import identity_start_stds
 
 RANKS = (2, 4, 8, 16, 32, 64)
+RATES = {torch.optim.SGD: 3e-3, torch.optim.Adam: 1e-3}
 
 
 def wrapped(config, layer):
@@ -137,10 +138,47 @@ def test_the_scale_is_rank_stabilized_where_asked_for():
 
 
 def test_the_rule_by_numbers():
-    """r² σ⁶ = 2r / 3N, written out."""
-    std = identity_start_std(16, 1024, "fedpara")
-    assert 16**2 * std**6 == pytest.approx(2 * 16 / (3 * 1024))
-    std = identity_start_std(16, 9 * 128, "fedpara", kernel=True)
-    assert 16**4 * std**10 == pytest.approx(2 * 16 / (3 * 9 * 128))
-    std = identity_start_std(16, 1024, "lowrank")
-    assert 16 * std**2 == pytest.approx(16 / (3 * 1024))
+    """W₁ of unit variance, X₂ = 0 and Y₂ as LoRA's A for twice the rank."""
+    (x1, y1, _), (_, y2, _) = identity_start_stds(16, 1024, "fedpara")
+    assert 16 * x1**2 * y1**2 == pytest.approx(1)
+    assert y2**2 == pytest.approx(2 / (3 * 1024))
+    (x1, y1, t1), (_, y2, t2) = identity_start_stds(16, 9 * 128, "fedpara", kernel=True)
+    assert 16**2 * (x1 * y1 * t1) ** 2 == pytest.approx(1)
+    assert 16 * y2**2 == pytest.approx(1)
+    assert t2**2 == pytest.approx(2 / (3 * 9 * 128))
+    ((_, y, _),) = identity_start_stds(16, 1024, "lowrank")
+    assert y**2 == pytest.approx(1 / (3 * 1024))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(
+    ("layer", "r"),
+    [
+        (lambda: nn.Linear(256, 128), 4),
+        (lambda: nn.Linear(256, 128), 16),
+        (lambda: nn.Conv2d(32, 32, 3), 16),
+    ],
+)
+def test_later_steps_go_as_far_as_loras_too(layer, r, optimizer):
+    """Toward one ΔW at one learning rate: what is left of the way after many steps."""
+    left = {}
+    for name, config in (
+        ("fedpara", FedParaConfig(r=r, target_modules=["0"])),
+        ("lora", LoraConfig(r=2 * r, lora_alpha=2 * r, target_modules=["0"])),
+    ):
+        torch.manual_seed(0)
+        one = wrapped(config, layer())
+        shape = one.get_base_layer().weight.shape
+        # As large as a fine-tuned ΔW is, and of a rank that both can reach.
+        wanted = torch.randn(shape[0], 2) @ torch.randn(2, shape[1:].numel()) * 0.02
+        sizes = []
+        step = optimizer([p for p in one.parameters() if p.requires_grad], lr=RATES[optimizer])
+        for _ in range(60):
+            step.zero_grad()
+            delta = one.get_delta_weight("default").reshape(wanted.shape)
+            (delta - wanted).square().sum().backward()
+            sizes.append(float(delta.detach().norm()))
+            step.step()
+        left[name] = sizes
+    for at in (5, 20, 59):
+        assert 0.4 < left["fedpara"][at] / left["lora"][at] < 2.5

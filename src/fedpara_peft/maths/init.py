@@ -27,7 +27,7 @@ __all__ = [
     "factor_std",
     "fill_normal",
     "half_variances",
-    "identity_start_std",
+    "identity_start_stds",
 ]
 
 
@@ -77,30 +77,33 @@ def factor_std(
     return float((variance / r**2) ** (1 / 6) if kernel else (variance / r) ** 0.25)
 
 
-def identity_start_std(
+def identity_start_stds(
     r: int, fan_in: int, parameterization: str, *, kernel: bool = False
-) -> float:
-    """Std of the factors beside a frozen weight, where one factor starts at zero (ΔW = 0).
+) -> list[tuple[float, float, float]]:
+    """Std of X, Y and T of each half beside a frozen weight, where ΔW starts as zero.
 
     Nothing is composed yet whose variance could be matched; what the factors set is how far ΔW
-    goes in the first step of size η on a gradient G. It goes as far as that of a LoRA of the same
-    size (rank 2r for fedpara, r for the others), whose A is Kaiming-uniform as PEFT draws it and
-    whose B is zero, so that LoRA's learning rates carry over, SGD's and Adam's:
+    goes in the first steps. It goes as far as that of a LoRA of the same size (rank 2r for fedpara,
+    r for the others), whose A is Kaiming-uniform as PEFT draws it and whose B is zero, so that
+    LoRA's learning rates carry over, SGD's and Adam's:
 
-        r² σ⁶ = 2r / 3N     fedpara, matrix         r σ² = r / 3N      others, matrix
-        r⁴ σ¹⁰ = 2r / 3N    fedpara, kernel         r² σ⁴ = r / 3N     others, kernel
+        fedpara    W₁ of entries with variance 1;  X₂ = 0,  Var Y₂ = 2 / 3N
+        others     X₁ = 0,  Var Y₁ = 1 / 3N         (a LoRA)
+
+    Factors of one variance could have that first step, too, but not the next ones: under Adam an
+    entry moves by η whatever its size, and LoRA speeds up because its A is small.
 
     Args:
         r: inner rank.
         fan_in: N, inputs of an output (channels times kernel positions).
         parameterization: the form of the weight.
-        kernel: whether the halves have cores.
+        kernel: whether the halves have cores, which are the small factors then.
 
     Raises:
         RankError: r < 1.
     """
     check_rank(r)
-    return get_parameterization(parameterization).first_step_std(r, fan_in, kernel=kernel)
+    return get_parameterization(parameterization).identity_start_stds(r, fan_in, kernel=kernel)
 
 
 def fill_normal(tensor: Tensor, std: float) -> None:

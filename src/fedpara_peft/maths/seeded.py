@@ -50,7 +50,7 @@ def seeded_halves(
         name: of the weight.
         sizes: the shapes of X, Y and, for kernels, T of each half.
         std: of all factors.
-        at_zero: halves whose Y is zero.
+        at_zero: halves whose X is zero.
     """
     halves = []
     for half, shapes in enumerate(sizes):
@@ -58,7 +58,7 @@ def seeded_halves(
             seeded_uniform(seed, f"{name}/w{half + 1}_{factor}", shape, std * std)
             for factor, shape in zip("xyt", shapes, strict=False)
         )
-        halves.append(Half(x, torch.zeros_like(y) if half in at_zero else y, *t))
+        halves.append(Half(torch.zeros_like(x) if half in at_zero else x, y, *t))
     return halves
 
 

@@ -1,7 +1,7 @@
 """Other libraries' starts beside a frozen weight, for comparison and for those who know them.
 
-All of them are the identity: Y of the second half is zero. What they differ in is how far the first
-steps go; the default, :func:`~fedpara_peft.maths.init.identity_start_std`, goes as far as LoRA.
+All of them are the identity: a factor of the second half is zero. What they differ in is how far
+the first steps go. The default, in ``init.py``, goes as far as LoRA.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def fill_start(start: Start, halves: Sequence[Half], base: Callable[[], Tensor])
 
         loha      PEFT's LoHa: Kaiming-uniform factors as it lays them out, ``Var X = 1 / 3r`` and
                   ``Var Y = 1 / 3N``; with cores of K positions ``Var X = 1 / 3M``,
-                  ``Var T = 1 / 3rK``
-        lycoris   LyCORIS: X₁ and the cores of std 0.1, the others of std 1
-        abba      X₁ Y₁ᵀ is the best rank-r approximation of W₀, X₁ = U √S, Y₁ = V √S; X₂ is drawn
-                  so that the first step is that of a LoRA of rank 2r (arXiv:2505.14238 has a scale
-                  in its place)
+                  ``Var T = 1 / 3rK``; Y₂ is zero
+        lycoris   LyCORIS: X₁ and the cores of std 0.1, the others of std 1; X₂ is zero
+        abba      X₁ Y₁ᵀ is the best rank-r approximation of W₀, X₁ = U √S, Y₁ = V √S; X₂ is zero
+                  and Y₂ drawn so that the first step is that of a LoRA of rank 2r (arXiv:2505.14238
+                  has a scale in its place)
 
     Args:
         start: which.
@@ -42,7 +42,7 @@ def fill_start(start: Start, halves: Sequence[Half], base: Callable[[], Tensor])
     """
     first, second = halves
     _FILL[start](first, second, base)
-    nn.init.zeros_(second.y)
+    nn.init.zeros_(second.y if start == "loha" else second.x)
 
 
 def _loha(first: Half, second: Half, base: Callable[[], Tensor]) -> None:
@@ -83,10 +83,10 @@ def _abba(first: Half, second: Half, base: Callable[[], Tensor]) -> None:
     with torch.no_grad():
         first.x.copy_(u[:, :r] * root)
         first.y.copy_(vt[:r].T * root)
-    # One step moves ΔW by η G r Var(X₂) times the squares of W₁'s entries, whose mean is Σ s² / MN.
+    # One step moves ΔW by η G r Var(Y₂) times the squares of W₁'s entries, whose mean is Σ s² / MN.
     mean_square = float(s[:r].square().sum()) / weight.numel()
     variance = 2 / (3 * weight.shape[1] * mean_square) if mean_square else 0.0
-    fill_normal(second.x, math.sqrt(variance))
+    fill_normal(second.y, math.sqrt(variance))
 
 
 def fill_uniform(tensor: Tensor, variance: float) -> None:

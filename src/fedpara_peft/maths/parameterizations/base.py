@@ -32,7 +32,7 @@ class Parameterization:
         name: what a configuration calls it.
         formula: the weight, for texts.
         terms: the indices of the halves that each term multiplies; a half may stand more than once.
-        zero_halves: the halves whose Y is zero at the start beside a frozen weight. Every term must
+        zero_halves: the halves whose X is zero at the start beside a frozen weight. Every term must
             hold one, so that ΔW = 0, and some term one factor of them alone: where all hold two or
             more, no gradient leaves that point.
         local_halves: halves that stay on the client. A weight without them, where they are zero,
@@ -59,12 +59,12 @@ class Parameterization:
             )
         if not all(set(term) & set(self.zero_halves) for term in self.terms):
             raise RankError(
-                f"{self.name}: with Y = 0 in the halves {self.zero_halves} alone, ΔW does not "
+                f"{self.name}: with X = 0 in the halves {self.zero_halves} alone, ΔW does not "
                 f"start as 0: every term of {self.terms} must hold one of them"
             )
         if not self._moving_terms():
             raise RankError(
-                f"{self.name}: with Y = 0 in the halves {self.zero_halves} no term of {self.terms} "
+                f"{self.name}: with X = 0 in the halves {self.zero_halves} no term of {self.terms} "
                 "has a gradient: choose halves that some term holds exactly once"
             )
         if not self.shared_terms:
@@ -188,20 +188,28 @@ class Parameterization:
         n = self.num_halves
         return (variance ** (1 / n),) * n
 
-    def first_step_std(self, r: int, fan_in: int, *, kernel: bool) -> float:
-        """Std of the factors for the first step beside a frozen weight.
+    def identity_start_stds(
+        self, r: int, fan_in: int, *, kernel: bool
+    ) -> list[tuple[float, float, float]]:
+        """Std of X, Y and T of each half beside a frozen weight; then X of `zero_halves` is zero.
 
-        Of the terms that move at once the first has n halves, one of them zero. After a step η on a
-        gradient G the zero half is ``η G`` times ``r σ²`` (kernel: ``r² σ⁴``) and the others square
-        to ``r σ⁴`` (``r² σ⁶``) each:
-
-            ΔW ≈ η G r^n σ^(4n-2)        kernel: η G r^2n σ^(6n-2)
-
-        It goes as far as a LoRA of as many values, whose rank is n r: ``η G n r / 3 N``.
+        Of the terms that move at once the first has n halves, one of them zero. It is made of a
+        LoRA: Y (in a kernel the core T, with a Y that keeps variances) takes the place of LoRA's A,
+        ``Var Y = n / 3N``, X that of its B, and the other halves have entries of variance 1. So the
+        first step η on a gradient G is that of a LoRA of as many values, whose rank is n r,
+        ``ΔW ≈ η G n r / 3N``, and so are those after it: Y is as small as A, and grows as fast in
+        relation to itself.
         """
-        n = len(self._moving_terms()[0])
-        power, of_r = (6 * n - 2, 2 * n) if kernel else (4 * n - 2, n)
-        return float((3 * fan_in * r ** (of_r - 1) / n) ** (-1 / power))
+        unit = r ** (-1 / 3) if kernel else r ** (-1 / 4)
+        found = []
+        for half in range(self.num_halves):
+            n = next((len(term) for term in self._moving_terms() if half in term), 1)
+            small = math.sqrt(n / (3 * fan_in))
+            if half not in self.zero_halves:
+                found.append((unit, unit, unit))
+            else:
+                found.append((unit, r**-0.5, small) if kernel else (unit, small, 0.0))
+        return found
 
     def response(self, r: int, std: float, *, kernel: bool, at_zero: Sequence[int] = ()) -> float:
         """How far one SGD step moves the weight, where a dense weight has 1.
@@ -212,13 +220,13 @@ class Parameterization:
             c = Σ_terms Σ_{i in term} c_i ∏_{j in term, j ≠ i} v_j
 
         A half has variance ``v = r σ⁴`` (kernel: ``r² σ⁶``) and, as each factor gives ``v / σ²``,
-        ``c = 2 v / σ²`` (``3 v / σ²``). One whose Y is zero has v = 0, and only Y moves it.
+        ``c = 2 v / σ²`` (``3 v / σ²``). One whose X is zero has v = 0, and only X moves it.
 
         Args:
             r: inner rank.
             std: σ of all factors.
             kernel: whether the halves have cores.
-            at_zero: halves whose Y is zero.
+            at_zero: halves whose X is zero.
 
         Raises:
             RankError: a term holds a half twice.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...maths.compose import Half, Nonlinearity
 from ...maths.errors import RankError
-from ...maths.init import factor_std, fill_normal, half_variances, identity_start_std
+from ...maths.init import factor_std, fill_normal, half_variances, identity_start_stds
 from ...maths.parameterizations import Parameterization, get_parameterization
 from ...maths.starts import Start, fill_start
 from ..config import BaseWeight, ComputePath, FedParaConfig
@@ -117,8 +117,8 @@ class FactorHolder(BaseTunerLayer):
         """Draw the factors anew from torch's global generator; those of a seed are not drawn so.
 
         A replaced weight gets the variance documented for its kind; beside a frozen one the
-        factors are drawn so that ΔW's first step is LoRA's (see
-        :func:`~fedpara_peft.maths.init.identity_start_std`), or as ``init_weights`` names it.
+        factors are drawn so that ΔW's first steps are LoRA's (see
+        :func:`~fedpara_peft.maths.init.identity_start_stds`), or as ``init_weights`` names it.
 
         Raises:
             ConfigError: the layer cannot start so.
@@ -179,7 +179,7 @@ class FactorHolder(BaseTunerLayer):
     def _zero(self, adapter_name: str, name: str, which: Iterable[int]) -> None:
         halves = self.halves(adapter_name, name)
         for index in which:
-            nn.init.zeros_(halves[index].y)
+            nn.init.zeros_(halves[index].x)
 
     def _start_as(self, start: Start, adapter_name: str, name: str) -> None:
         halves = self.halves(adapter_name, name)
@@ -197,18 +197,21 @@ class FactorHolder(BaseTunerLayer):
         spec = self.specs[adapter_name]
         halves = self.halves(adapter_name, name)
         for index in which:
-            std = _factor_std(spec, spec.plans[name], index)
-            for factor in halves[index].tensors():
-                fill_normal(factor, std)
+            stds = _factor_stds(spec, spec.plans[name], index)
+            for factor, std in zip(halves[index], stds, strict=True):
+                if factor is not None:
+                    fill_normal(factor, std)
 
 
-def _factor_std(spec: AdapterSpec, plan: WeightPlan, index: int) -> float:
+def _factor_stds(spec: AdapterSpec, plan: WeightPlan, index: int) -> tuple[float, float, float]:
+    """Of X, Y and T of a half."""
     kernel = bool(plan.kernel)
     if not spec.replaced:  # pFedPara's local half anew beside a seeded base, too
         fan_in = plan.shape.numel // plan.shape.out_features
-        return identity_start_std(plan.r, fan_in, spec.parameterization, kernel=kernel)
+        return identity_start_stds(plan.r, fan_in, spec.parameterization, kernel=kernel)[index]
     variances = half_variances(plan.shape.variance, spec.parameterization, spec.nonlinearity)
-    return factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
+    std = factor_std(variances[index], plan.r, kernel=kernel, nonlinearity=spec.nonlinearity)
+    return std, std, std
 
 
 def factor_shapes(plan: WeightPlan) -> tuple[tuple[int, ...], ...]:
