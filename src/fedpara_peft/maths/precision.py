@@ -16,7 +16,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(kind: str) -> bool:
     """Whether a device knows autocast; asked for, not traced, which torch before 2.13 cannot."""
     return torch.amp.is_autocast_available(kind)
