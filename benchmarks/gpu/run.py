@@ -28,12 +28,12 @@ RESULTS = HERE.parent / "results" / "gpu"
 
 #: Parts in order, and the share of the time that each may take.
 PARTS = {
-    "correctness": 90,
-    "adapters": 130,
-    "cost": 120,
-    "from_scratch": 75,
+    "correctness": 130,
+    "adapters": 120,
+    "cost": 110,
+    "from_scratch": 70,
     "clients": 45,
-    "compiled": 110,
+    "compiled": 95,
     "paper": 0,
     "suites": 0,
 }
