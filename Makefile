@@ -13,7 +13,7 @@ DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_clien
           --learning_rate 0.1 --max_grad_norm 2
 
 .PHONY: help install demo federation docs test test-slow lint type check fmt clean \
-        bench bench-mnist bench-paper bench-flower bench-gpu
+        bench bench-mnist bench-paper bench-flower bench-gpu bench-check
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ PAPER_DATA = $(foreach name,cifar10 cifar100 cinic10 shakespeare mnist,\
 bench-paper: $(TESTS)  ## The paper's claims (hours; goes on where it stopped); SCALE=full for a GPU
 	$(BIN)/python benchmarks/paper/counts.py
 	$(BIN)/python benchmarks/paper/run.py --scale $(or $(SCALE),cpu) $(PAPER_DATA)
+
+bench-check: $(TESTS)  ## Measure a few rows again and compare with the committed ratios (a minute)
+	$(BIN)/python benchmarks/check.py
 
 bench-gpu: $(TESTS)  ## The GPU's tables (ten minutes); see benchmarks/gpu/README.md
 	$(BIN)/python benchmarks/gpu/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))

@@ -139,6 +139,17 @@ def test_a_line_that_was_cut_short_is_left_out(gpu, tmp_path):
     assert [row["table"] for row in gpu["rows"].read(tmp_path)] == ["x", "y"]
 
 
+def test_another_runs_parts_replace_those_that_are_here(gpu, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, table in ((here, "old"), (there, "new")):
+        folder.mkdir()
+        for part in ("cost", "clients") if folder == here else ("cost",):
+            gpu["rows"].append(folder, {"part": part, "table": table})
+    assert gpu["run"].main(["--out", str(here), "--merge", str(there)]) == 0
+    found = [(row["part"], row["table"]) for row in gpu["rows"].read(here)]
+    assert found == [("clients", "old"), ("cost", "new")]
+
+
 def test_pages_tell_what_failed_and_what_there_was_no_time_for(gpu, tmp_path):
     for row in (
         {"table": "environment", "command": "c", "gpu": "G"},
@@ -194,3 +205,19 @@ def test_a_fit_finds_the_constants_that_times_were_made_of(gpu):
     assert mean > 0.01
     assert worst > 0.5
     assert close < 1
+
+
+def test_a_committed_ratio_holds_within_noise_or_its_own_spread(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    import check
+
+    steady, noisy = [1.19, 1.20, 1.21, 1.20], [0.8, 1.1, 1.3, 1.9]
+    assert check.holds(1.30, steady)
+    assert not check.holds(1.35, steady)
+    assert not check.holds(1.05, steady)
+    assert check.holds(1.40, noisy)
+    assert not check.holds(2.0, noisy)
+    rows = check.committed("from_scratch")["rows"]
+    assert {row["model"] for row in rows} >= set(check.MODELS)
+    rows = check.committed("adapters")["rows"]
+    assert {(r["m"], r["n"], r["tokens"], r["r"]) for r in rows} >= set(check.LAYERS)

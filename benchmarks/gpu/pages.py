@@ -133,8 +133,12 @@ def correctness(found: Sequence[Row]) -> list[str]:
         text.append(table(header, lines))
     checks = []
     for row in _of_table(found, "checkpoint", "merge", "federation", "federation, other device",
-                         "generators"):  # fmt: skip
-        of = (str(row[k]) for k in ("way", "strategy", "parameterization", "variant") if row.get(k))
+                         "generators", "compiled"):  # fmt: skip
+        of = (
+            str(row[k])
+            for k in ("kind", "mode", "path", "way", "strategy", "parameterization", "variant")
+            if row.get(k)
+        )
         within = f"{row['error']['output']:.1e} < {row['bound']:g}" if row.get("bound") else "equal"
         checks.append([f"{_CHECKS[row['table']]}: {', '.join(of) or 'FedPara'}", within])
     if checks:
@@ -150,6 +154,7 @@ _CHECKS = {
     "federation": "resume after 3 of 5 rounds: bits",
     "federation, other device": "engines, and device against CPU",
     "generators": "global generators are put back",
+    "compiled": "compiled, against not compiled",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,19 @@ def compile_(session: Session, model: nn.Module) -> nn.Module:
     return model
 
 
+def require_same_gradients(
+    runs: dict[str, Callable[[], None]], model: nn.Module, plain: nn.Module
+) -> None:
+    """Two equal models' steps give equal gradients, up to half precision; before any is timed."""
+    runs["fedpara"]()
+    runs["not compiled"]()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            apart = float((p.grad - q.grad).norm() / q.grad.norm())
+            if not apart < 0.05:
+                raise AssertionError(f"compiled, {name}'s gradient is {apart:.0%} off")
+
+
 def compiled_layer(
     session: Session, m: int, n: int, tokens: int, r: int, precision: str
 ) -> dict[str, Any]:
@@ -88,6 +102,7 @@ def compiled_layer(
         grad = torch.randn(tokens, m, device=session.device, dtype=dtype)
         runs = {kind: step(compile_(session, model), x, grad) for kind, model in models.items()}
         runs["not compiled"] = step(plain, x, grad)
+        require_same_gradients(runs, models["fedpara"], plain)
         return compared(paired(runs, session.device, 0.01 if session.smoke else 0.1), "fedpara")
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ WAYS: dict[str, tuple[torch.dtype, torch.dtype | None, float]] = {
     "bf16 autocast": (torch.float32, torch.bfloat16, 0.1),
     "fp16 autocast": (torch.float32, torch.float16, 3e-2),
 }
+#: In other precisions it is rounding that is looked at, not every form.
+_FEW_FORMS = [("fedpara", None), ("pfedpara", "tanh"), ("lowrank", None)]
 #: Runs of tests/federation/runs.py: strategy, parameterization, variant.
 FEDERATIONS: list[tuple[str, str, str | None]] = [
     ("FedAvg", "fedpara", "codec"),
@@ -66,7 +69,7 @@ FEDERATIONS: list[tuple[str, str, str | None]] = [
     ("FedDyn", "fedpara", None),
     ("FedAdam", "lowrank", "keep"),
     ("FedProx", "fedpara", "noise"),
-    ("FedAvgM", "dense", "one_block"),
+    ("FedAvgM", "fedpara", "one_block"),
     ("LocalOnly", "pfedpara", None),
     ("FedAvg", "pfedpara", "FedPer"),
     ("FedNova", "fedpara", None),
@@ -78,33 +81,46 @@ def measure(session: Session, options: argparse.Namespace) -> None:
     """All checks; one that does not hold is a failure."""
     kinds = ["linear", "conv2d", "lstm"] if session.smoke else [*layer_kinds.KINDS]
     ways = [w for w in WAYS if session.device == "cuda" or w not in ("tf32", "fp16 autocast")]
+    layers: dict[str, list[Measurement]] = {
+        way: [
+            ("layers", layer, {"kind": kind, "mode": mode, "way": way})
+            for mode in layer_kinds.MODES
+            for kind in kinds
+        ]
+        for way in ways
+    }
+    compiles: list[Measurement] = [
+        ("compiled", compiled, {"kind": kind, "mode": mode, "path": path, "way": way})
+        for kind in (["linear"] if session.smoke else ["linear", "conv2d", "embedding", "lstm"])
+        for mode in (["frozen"] if session.smoke else layer_kinds.MODES)
+        for path in (layer_kinds.PATHS if kind in ("linear", "conv2d") else ("auto",))
+        for way in (["float32"] if session.smoke else ["float32", "bf16"])
+    ]
+    federations = FEDERATIONS[:2] if session.smoke else FEDERATIONS
     todo: list[Measurement] = [
         ("checkpoint", checkpoint, {}),
         *(("merge", merge, {"way": way}) for way in ("float32", "bf16")),
+        ("generators", generators, {}),
+        *layers.pop("float32"),
         *(
-            ("layers", layer, {"kind": kind, "mode": mode, "way": way})
-            for way in ways
-            for mode in layer_kinds.MODES
-            for kind in kinds
+            ("federation", resume, {"strategy": s, "parameterization": p, "variant": v})
+            for s, p, v in federations
         ),
+        *(
+            ("federation, other device", elsewhere, {"parameterization": p})
+            for p in (["fedpara"] if session.smoke else ["dense", "fedpara", "pfedpara"])
+        ),
+        *compiles,
+        *itertools.chain(*layers.values()),
     ]
-    federations = FEDERATIONS[:2] if session.smoke else FEDERATIONS
-    todo += [
-        ("federation", resume, {"strategy": s, "parameterization": p, "variant": v})
-        for s, p, v in federations
-    ]
-    todo += [
-        ("federation, other device", elsewhere, {"parameterization": p})
-        for p in (["fedpara"] if session.smoke else ["dense", "fedpara", "pfedpara"])
-    ]
-    todo += [("generators", generators, {})]
     session.each(todo, collect=20)
 
 
 def layer(session: Session, kind: str, mode: str, way: str) -> dict[str, Any]:
     """A layer in every form and on every path, beside the plain layer in float64 on the CPU."""
     dtype, autocast, bound = WAYS[way]
-    forms = layer_kinds.FORMS[:2] if session.smoke else layer_kinds.FORMS
+    forms = layer_kinds.FORMS if way == "float32" else _FEW_FORMS
+    forms = forms[:2] if session.smoke else forms
     worst: dict[str, float] = {"output": 0.0, "gradient": 0.0}
     said = []
     for form, path in itertools.product(forms, layer_kinds.PATHS):
@@ -113,6 +129,8 @@ def layer(session: Session, kind: str, mode: str, way: str) -> dict[str, Any]:
         r = 8 if "large" in kind else 2
         config = {"compute_path": path} if path != "auto" else {}
         host = layer_kinds.build(kind, mode, form, dtype, r=r, **config)
+        if "large" in kind:  # weights no larger than a net's, else recurrent steps are chaotic
+            _scale(host, 0.5)
         x = layer_kinds.inputs(kind, dtype)
         output, gradients = _run(host, x, session.device, way, autocast)
         exact, wanted = _exact(host, kind, x)
@@ -135,10 +153,16 @@ class WrongError(AssertionError):
 
 
 def _run(
-    host: nn.Module, x: Tensor, device: str, way: str, autocast: torch.dtype | None
+    host: nn.Module,
+    x: Tensor,
+    device: str,
+    way: str,
+    autocast: torch.dtype | None,
+    copied: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A model's output on the device and its gradients, with ones going back."""
-    model = copy.deepcopy(host).to(device).train()  # cuDNN has no way back through its inference
+    """A model's output on the device and its gradients, of the sum of squares."""
+    model = copy.deepcopy(host) if copied else host
+    model = model.to(device).train()  # cuDNN has no way back through its inference
     x = x.to(device)
     if x.is_floating_point():
         x = x.detach().requires_grad_()
@@ -165,6 +189,35 @@ def _exact(host: nn.Module, kind: str, x: Tensor) -> tuple[Tensor, dict[str, Ten
     if x.is_floating_point():
         found["x"] = x.grad
     return out.detach(), found
+
+
+def _scale(model: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "fedpara_" in name:
+                p.mul_(factor)
+
+
+def compiled(session: Session, kind: str, mode: str, path: str, way: str) -> dict[str, Any]:
+    """A compiled layer's output and gradients beside its own without compiling.
+
+    What torch's tracing makes of it is checked, not what its code generator does.
+    """
+    torch.compiler.reset()
+    dtype, _, bound = WAYS[way]
+    host = layer_kinds.build(kind, mode, ("fedpara", None), dtype, compute_path=path)
+    x = layer_kinds.inputs(kind, dtype)
+    plain, wanted = _run(host, x, session.device, way, None)
+    traced = copy.deepcopy(host)
+    traced.compile(backend="aot_eager", fullgraph=kind != "lstm", dynamic=False)
+    output, gradients = _run(traced, x, session.device, way, None, copied=False)
+    errors = {"output": _apart(output, plain)} | {
+        f"gradient of {name}": _apart(gradients[name], wanted[name]) for name in wanted
+    }
+    wrong = [f"{what} {error:.2g}" for what, error in errors.items() if not error <= bound]
+    if wrong:
+        raise WrongError(f"compiled: {'; '.join(wrong[:8])}")
+    return {"error": {"output": max(errors.values())}, "bound": bound}
 
 
 def _apart(found: Tensor, exact: Tensor) -> float:
@@ -234,6 +287,8 @@ def resume(
     session: Session, strategy: str, parameterization: str, variant: str | None
 ) -> dict[str, Any]:
     """Five rounds at once, and in two goes with a checkpoint between: the same bits."""
+    if variant == "noise" and find_spec("dp_accounting") is None:
+        return {"skipped": "dp-accounting is not installed"}
     with tempfile.TemporaryDirectory() as folder:
         once, twice = f"{folder}/once", f"{folder}/twice"
         with contextlib.redirect_stdout(io.StringIO()):

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from example_models import char_lstm, resnet18, vgg16
 from from_scratch import WAYS as COMPOSED
 from measure import peak_bytes
-from models import char_lstm, resnet18, vgg16
 from peft import get_peft_model
 from session import Measurement, Session, products_in
 from timing import compared, paired

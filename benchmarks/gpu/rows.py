@@ -29,3 +29,11 @@ def forget(folder: Path, parts: Collection[str]) -> None:
     """Drop the rows that these parts will measure anew."""
     kept = [row for row in read(folder) if row["part"] not in parts]
     (folder / NAME).write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def merge(other: Path, folder: Path) -> None:
+    """Take over another run's rows; a part's rows replace those that are here."""
+    found = read(other)
+    forget(folder, {row["part"] for row in found})
+    for row in found:
+        append(folder, row)

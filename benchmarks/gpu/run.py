@@ -28,12 +28,12 @@ RESULTS = HERE.parent / "results" / "gpu"
 
 #: Parts in order, and the share of the time that each may take.
 PARTS = {
-    "correctness": 90,
-    "adapters": 130,
-    "cost": 120,
-    "from_scratch": 75,
+    "correctness": 130,
+    "adapters": 120,
+    "cost": 110,
+    "from_scratch": 70,
     "clients": 45,
-    "compiled": 110,
+    "compiled": 95,
     "paper": 0,
     "suites": 0,
 }
@@ -58,6 +58,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and tables")
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 in a folder: its cell is trained")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, default=[], metavar="FOLDER",
+        help="take over the parts of other runs, and measure nothing",
+    )  # fmt: skip
     parser.add_argument("--part", nargs="+", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
@@ -77,8 +81,11 @@ def main(given: Sequence[str] | None = None) -> int:
     if options.part:
         return _inside(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.tables:
+    for folder in options.merge:
+        rows.merge(folder, options.out)
+    if options.tables or options.merge:
         return _make_tables(options.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part ends as well
     # A smoke run pays once for imports, which take longer than its rows.
     groups = [options.parts] if options.smoke else [[part] for part in options.parts]
     shares = [sum(PARTS[part] or _ASKED for part in group) for group in groups]
@@ -141,7 +148,7 @@ def run_parts(
 def _run(command: Sequence[str], seconds: float, log: object) -> int | None:
     """A program's exit code, None if it had to be ended; its children end with it."""
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
+        command, stdout=log, stderr=subprocess.STDOUT, process_group=0, cwd=ROOT,
         env=environment(),
     )  # fmt: skip
     try:

@@ -181,7 +181,11 @@ class _KhatriRaoLinear(torch.autograd.Function):
         ctx.save_for_backward(x, h, weight, *kept, *factors)
         ctx.parameterization, ctx.scale = parameterization, scale
         if weight is not None:
-            return torch.nn.functional.linear(x, weight, bias).addmm_(h, a.T, alpha=scale)
+            plain = torch.nn.functional.linear(x, weight, bias)
+            # In place it is a pass less, but torch before 2.13 compiles that to gradients of zero.
+            if torch.compiler.is_compiling():
+                return torch.addmm(plain, h, a.T, alpha=scale)
+            return plain.addmm_(h, a.T, alpha=scale)
         if base is None:
             base = bias
         if base is not None:
