@@ -7,7 +7,6 @@ from tests.own_parameterizations import OWN, by_hand
 from fedpara_peft import RankError, parameter_count
 from fedpara_peft.maths.apply import by_rows, form_rank, linear, low_rank_form
 from fedpara_peft.maths.compose import Half, add_composed_, compose, compose_shared, reachable_rank
-from fedpara_peft.maths.init import factor_std, half_variances, identity_start_stds
 from fedpara_peft.maths.parameterizations import (
     FEDPARA,
     PARAMETERIZATIONS,
@@ -15,6 +14,7 @@ from fedpara_peft.maths.parameterizations import (
     get_parameterization,
 )
 from fedpara_peft.maths.rank import matching_rank
+from fedpara_peft.maths.starts.variances import factor_std, half_variances, identity_start_stds
 
 
 @pytest.fixture(autouse=True)

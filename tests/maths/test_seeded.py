@@ -7,7 +7,7 @@ import torch
 
 from fedpara_peft.maths.compose import Half, compose
 from fedpara_peft.maths.parameterizations import get_parameterization
-from fedpara_peft.maths.seeded import base_digest, seeded_base, seeded_halves, seeded_uniform
+from fedpara_peft.maths.starts.seeded import base_digest, seeded_base, seeded_halves, seeded_uniform
 
 #: As they came out on the first machine; another processor, system or version gives the same.
 FIRST = [-0.5205370732815033, 0.19699381675407057, -0.23555892193803807, -0.3780778634886912]

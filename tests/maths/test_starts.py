@@ -6,7 +6,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from fedpara_peft import ConfigError, FedParaConfig
-from fedpara_peft.maths.init import identity_start_stds
+from fedpara_peft.maths.starts.variances import identity_start_stds
 
 RANKS = (2, 4, 8, 16, 32, 64)
 RATES = {torch.optim.SGD: 3e-3, torch.optim.Adam: 1e-3}

@@ -25,7 +25,7 @@ from fedpara_peft import (
     save_local,
 )
 from fedpara_peft.maths.compose import compose
-from fedpara_peft.maths.seeded import seeded_uniform
+from fedpara_peft.maths.starts.seeded import seeded_uniform
 
 FORMS = ["fedpara", "lowrank", "pfedpara"]
 

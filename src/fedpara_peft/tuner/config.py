@@ -15,7 +15,7 @@ from peft import PeftConfig, TaskType
 from ..maths.errors import RankError
 from ..maths.parameterizations import PARAMETERIZATIONS, Parameterization, get_parameterization
 from ..maths.rank import check_gamma, check_rank
-from ..maths.starts import STARTS, Start
+from ..maths.starts.named import STARTS, Start
 from ._peft import FEDPARA
 from .errors import ConfigError
 

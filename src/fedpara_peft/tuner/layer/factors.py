@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...maths.compose import Half, Nonlinearity
 from ...maths.errors import RankError
-from ...maths.init import factor_std, fill_normal, half_variances, identity_start_stds
 from ...maths.parameterizations import Parameterization, get_parameterization
-from ...maths.starts import Start, fill_start
+from ...maths.starts.named import Start, fill_start
+from ...maths.starts.variances import factor_std, fill_normal, half_variances, identity_start_stds
 from ..config import BaseWeight, ComputePath, FedParaConfig
 from ..errors import ConfigError
 from ..plan import WeightPlan
@@ -117,8 +117,8 @@ class FactorHolder(BaseTunerLayer):
         """Draw the factors anew from torch's global generator; those of a seed are not drawn so.
 
         A replaced weight gets the variance documented for its kind; beside a frozen one the
-        factors are drawn so that ΔW's first steps are LoRA's (see
-        :func:`~fedpara_peft.maths.init.identity_start_stds`), or as ``init_weights`` names it.
+        factors are drawn so that ΔW's first steps are LoRA's (see ``identity_start_stds`` in
+        ``maths/starts/variances.py``), or as ``init_weights`` names it.
 
         Raises:
             ConfigError: the layer cannot start so.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...maths.seeded import base_digest, seeded_base, seeded_halves
+from ...maths.starts.seeded import base_digest, seeded_base, seeded_halves
 from ..config import FedParaConfig
 from ..errors import CheckpointError
 from .factors import factor_shapes

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .halves import Half
-from .parameterizations import Parameterization
+from ..halves import Half
+from ..parameterizations import Parameterization
 
 
 def seeded_uniform(seed: int, name: str, shape: Sequence[int], variance: float) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from fedpara_peft import RankError
 from fedpara_peft.maths.compose import Half, compose
-from fedpara_peft.maths.init import (
+from fedpara_peft.maths.starts.variances import (
     TANH_VARIANCE_CAP,
     factor_std,
     half_variances,

@@ -1,7 +1,7 @@
 """Other libraries' starts beside a frozen weight, for comparison and for those who know them.
 
 All of them are the identity: a factor of the second half is zero. What they differ in is how far
-the first steps go. The default, in ``init.py``, goes as far as LoRA.
+the first steps go. The default, in ``variances.py``, goes as far as LoRA.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .errors import RankError
-from .halves import Half
-from .init import fill_normal
+from ..errors import RankError
+from ..halves import Half
+from .variances import fill_normal
 
 Start = Literal["loha", "lycoris", "abba"]
 STARTS: tuple[str, ...] = get_args(Start)

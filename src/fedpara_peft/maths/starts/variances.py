@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import RankError
-from .halves import Nonlinearity
-from .parameterizations import get_parameterization
-from .parameterizations.base import TANH_VARIANCE_CAP
-from .rank import check_rank
+from ..errors import RankError
+from ..halves import Nonlinearity
+from ..parameterizations import get_parameterization
+from ..parameterizations.base import TANH_VARIANCE_CAP
+from ..rank import check_rank
 
 __all__ = [
     "TANH_VARIANCE_CAP",
