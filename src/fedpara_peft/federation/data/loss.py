@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +51,8 @@ def read_loss(found: Any) -> Loss:
     Raises:
         ArgumentsError: it is something else, or the loss is not one number.
     """
+    if type(found) is Loss and isinstance(found.mean, Tensor) and found.mean.dim() == 0:
+        return found
     if isinstance(found, Mapping) and "loss" in found:  # a transformers output
         found = (found["loss"], found.get("logits"))
     parts = (found,) if isinstance(found, Tensor) else found
@@ -167,11 +170,23 @@ def classification_loss(output: Any, labels: Any) -> Loss:
             f"a label is not in [0, {classes_last.shape[1]}), the model's classes ({error}): count "
             "labels from 0, and give the model an output for each"
         ) from None
-    return Loss(mean, logits, targets.ne(IGNORED).sum())
+    return Loss(mean, logits, _counted(targets))
+
+
+def _counted(targets: Tensor) -> Tensor | float:
+    """How many class indices count. A small net's step notices how this is found."""
+    size = targets.numel()
+    if size and targets.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+        least = int(targets.min())  # of those that cross-entropy took, only IGNORED is negative
+        if least >= 0:
+            return float(size)
+    return targets.ne(IGNORED).sum()
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and labels as cross-entropy takes them."""
+    if logits.dim() == 2 and labels.shape == logits.shape[:1] and logits.shape[1] > 1:
+        return logits, labels
     shapes = f"logits have the shape {tuple(logits.shape)}, labels {tuple(labels.shape)}"
     candidates = [labels]
     if labels.dim() > 1 and labels.shape[-1] == 1:
