@@ -1,7 +1,6 @@
 """Runs in processes that are killed: forked from one that has torch loaded already."""
 
 import multiprocessing
-import os
 import signal
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -17,7 +16,7 @@ def started(function, *args):
 
 def kill(process):
     """Send SIGKILL; whether the process died of that, and had not ended already."""
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
 

@@ -45,8 +45,12 @@ class Loss(NamedTuple):
 LossFunction = Callable[[nn.Module, Any], Any]
 
 
-def read_loss(found: Any) -> Loss:
+def read_loss(found: Any, of: str = "compute_loss") -> Loss:
     """What a loss function returned: a loss, ``(loss, outputs)`` or ``(loss, outputs, terms)``.
+
+    Args:
+        found: what it returned.
+        of: the function, for the error.
 
     Raises:
         ArgumentsError: it is something else, or the loss is not one number.
@@ -58,13 +62,13 @@ def read_loss(found: Any) -> Loss:
     parts = (found,) if isinstance(found, Tensor) else found
     if not isinstance(parts, tuple | list) or not 1 <= len(parts) <= 3:
         raise ArgumentsError(
-            f"compute_loss returned a {type(found).__name__}: return the mean loss, (loss, logits) "
+            f"{of} returned a {type(found).__name__}: return the mean loss, (loss, logits) "
             "or (loss, logits, number of terms)"
         )
     loss = Loss(*parts)
     if not isinstance(loss.mean, Tensor) or loss.mean.numel() != 1:
         shape = tuple(loss.mean.shape) if isinstance(loss.mean, Tensor) else type(loss.mean)
-        raise ArgumentsError(f"compute_loss returned a loss of {shape}: return a mean, one number")
+        raise ArgumentsError(f"{of} returned a loss of {shape}: return a mean, one number")
     return loss if loss.mean.dim() == 0 else loss._replace(mean=loss.mean.reshape(()))
 
 
