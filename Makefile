@@ -56,8 +56,8 @@ type: $(TESTS)  ## Static types of src
 test: $(TESTS) lint type  ## Lint, types and the test suite
 	$(BIN)/pytest -n auto
 
-test-slow: $(TESTS)  ## The tests that take minutes
-	$(BIN)/pytest -m slow
+test-slow: $(TESTS)  ## Kills, faults, hostile bytes, real processes (an hour); TABLES=1 writes what they find
+	$(BIN)/pytest -m slow $(if $(TABLES),--write-tables)
 
 docs: $(DOCS)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -71,12 +71,11 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/jacobian.py
 	$(BIN)/python benchmarks/figure6_rank.py
 	$(BIN)/python benchmarks/digits_equal_size.py
-	$(BIN)/python benchmarks/kill_resume.py
-	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/many_clients.py
 	$(BIN)/python benchmarks/federation_speed.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/client_step.py
+	$(BIN)/python benchmarks/ablations.py
 
 bench-mnist: $(TESTS)  ## Measure codecs on MNIST; MNIST=folder or Hub id
 	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(MNIST),ylecun/mnist)
@@ -95,8 +94,7 @@ bench-check: $(TESTS)  ## Measure a few rows again and compare with the committe
 bench-gpu: $(TESTS)  ## The GPU's tables (ten minutes); see benchmarks/gpu/README.md
 	$(BIN)/python benchmarks/gpu/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
-bench-flower: $(FLOWER)  ## Measure faults and speed of a federation of real processes (half an hour)
-	$(BIN)/python benchmarks/flower_faults.py
+bench-flower: $(FLOWER)  ## Measure the speed of a federation of real processes (minutes)
 	$(BIN)/python benchmarks/flower_speed.py
 
 fmt: $(TESTS)  ## Format the code

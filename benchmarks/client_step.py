@@ -1,16 +1,16 @@
-"""What the optimizer costs of a client's step: torch's class, its function, the same by hand.
+"""What the optimizer costs of a client's step: ours for plain SGD, and torch's class for the same.
 
     python benchmarks/client_step.py [--quick]
 
 An MLP whose first layer is FedPara of rank 4, batch 10, one thread: forward and backward, and the
-optimizer's step in turn with it. Medians of paired runs.
+optimizer's step, all ways in turn. Shortest of the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +19,9 @@ from measure import paired
 from peft import get_peft_model
 from report import table, write
 from torch import nn
-from torch.optim.sgd import sgd
 
 from fedpara_peft import FedParaConfig
+from fedpara_peft.federation.client.sgd import step_of
 
 SHAPES = ((16, 32, 4), (784, 200, 10), (784, 200, 200, 200, 10))
 
@@ -36,74 +36,40 @@ def build(widths: tuple[int, ...]) -> nn.Module:
     return get_peft_model(nn.Sequential(*layers[:-1]), config)
 
 
-def by_hand(parameters: list[nn.Parameter], momentum: float) -> Callable[[], None]:
-    """SGD with as few calls as there can be."""
-    velocity: list[torch.Tensor] = []
-
-    def step() -> None:
-        steps = [p.grad for p in parameters]
-        with torch.no_grad():
-            if momentum and not velocity:
-                velocity.extend(g.clone() for g in steps)
-            elif momentum:
-                torch._foreach_mul_(velocity, momentum)
-                torch._foreach_add_(velocity, steps)
-            torch._foreach_add_(parameters, velocity if momentum else steps, alpha=-1e-6)
-
-    return step
+WAYS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "ours": torch.optim.SGD,
+    "torch.optim.SGD": torch.optim.SGD,
+    "with foreach": functools.partial(torch.optim.SGD, foreach=True),
+    "fused": functools.partial(torch.optim.SGD, fused=True),
+}
+OPTIONS = ({}, {"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 0.01})
 
 
-def by_function(parameters: list[nn.Parameter], momentum: float) -> Callable[[], None]:
-    """SGD by torch's function."""
-    buffers: list[Any] = [None] * len(parameters)
-
-    def step() -> None:
-        with torch.no_grad():
-            sgd(
-                parameters, [p.grad for p in parameters], buffers, foreach=True, weight_decay=0.0,
-                momentum=momentum, lr=1e-6, dampening=0.0, nesterov=False, maximize=False,
-                has_sparse_grad=False,
-            )  # fmt: skip
-
-    return step
-
-
-def case(widths: tuple[int, ...], momentum: float, seconds: float) -> dict[str, Any]:
-    """A model's step in every way, in milliseconds."""
+def case(widths: tuple[int, ...], options: dict[str, float], seconds: float) -> dict[str, Any]:
+    """A model's step in every way, in microseconds, and in units of ours."""
     model = build(widths)
     parameters = [p for p in model.parameters() if p.requires_grad]
     x, y = torch.randn(10, widths[0]), torch.randint(widths[-1], (10,))
 
-    def gradients() -> None:
-        for p in parameters:
-            p.grad = None
-        nn.functional.cross_entropy(model(x), y).backward()
+    def both(step: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for p in parameters:
+                p.grad = None
+            nn.functional.cross_entropy(model(x), y).backward()
+            with torch.no_grad():
+                step()
 
-    def with_step(step: Callable[..., Any]) -> Callable[[], None]:
-        def both() -> None:
-            gradients()
-            step()
+        return run
 
-        return both
-
-    ways: dict[str, Callable[..., Any]] = {
-        "by hand": by_hand(parameters, momentum),
-        "function": by_function(parameters, momentum),
-        "class": torch.optim.SGD(parameters, 1e-6, momentum).step,
-        "class, foreach": torch.optim.SGD(parameters, 1e-6, momentum, foreach=True).step,
-        "AdamW": torch.optim.AdamW(parameters, 1e-6).step,
-    }
-    times = paired({name: with_step(step) for name, step in ways.items()}, seconds)
-    hand = times["by hand"]
+    made = {name: way(parameters, 1e-6, **options) for name, way in WAYS.items()}
+    steps = {n: step_of(o) if n == "ours" else o.step for n, o in made.items()}
+    times = paired({name: both(step) for name, step in steps.items()}, seconds)
     return {
         "model": "-".join(map(str, widths)),
         "tensors": len(parameters),
-        "momentum": momentum,
-        "by_hand_us": 1e3 * statistics.median(hand),
-        **{
-            name: statistics.median(a / b for a, b in zip(times[name], hand, strict=True))
-            for name in list(ways)[1:]
-        },
+        **{name: options.get(name, 0.0) for name in ("momentum", "weight_decay")},
+        "ours_us": 1e3 * min(times["ours"]),
+        **{name: min(times[name]) / min(times["ours"]) for name in list(WAYS)[1:]},
     }
 
 
@@ -113,20 +79,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a case, nothing written")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cases = [(widths, momentum) for widths in SHAPES for momentum in (0.0, 0.9)]
+    cases = list(itertools.product(SHAPES, OPTIONS))
     rows = [case(*c, 0.2 if options.quick else 3.0) for c in cases[: 1 if options.quick else None]]
-    columns = list(rows[0])[4:]
+    others = list(WAYS)[1:]
     lines = [
         [
-            row["model"], str(row["tensors"]), f"{row['momentum']:g}", f"{row['by_hand_us']:.0f}",
-            *(f"{row[name]:.2f}" for name in columns),
+            row["model"], str(row["tensors"]), f"{row['momentum']:g}", f"{row['weight_decay']:g}",
+            f"{row['ours_us']:.0f}", *(f"{row[name]:.2f}" for name in others),
         ]
         for row in rows
     ]  # fmt: skip
-    header = ["model", "tensors", "momentum", "by hand, µs a step", *columns]
+    header = ["model", "tensors", "momentum", "weight decay", "ours, µs a step", *others]
     text = table(header, lines) + (
         "\n\nA step is forward, backward and the optimizer's step. The last columns are the same "
-        "step with torch's function, its class and its AdamW, in units of the one by hand."
+        "step with torch's class (as it is, `foreach=True`, `fused=True`), in units of ours. "
+        "Shortest of the runs in turn."
     )
     if options.quick:
         print(text)

@@ -62,6 +62,7 @@ def write(
     rows: list[dict[str, Any]],
     device: str | None = None,
     compiled: bool = False,
+    command: str | None = None,
 ) -> None:
     """Write ``results/name.json`` and ``results/name.md`` and print the latter.
 
@@ -73,6 +74,7 @@ def write(
         rows: what the JSON holds.
         device: where times were measured; by default :func:`trained_on`.
         compiled: whether by ``torch.compile``.
+        command: what was run; by default this process's own.
     """
     RESULTS.mkdir(exist_ok=True)
     capability = torch.backends.cpu.get_cpu_capability()
@@ -81,6 +83,7 @@ def write(
     device = device or trained_on()
     name += ("" if device == "cpu" else f"-{device}") + ("-compile" if compiled else "")
     where = environment(device)
+    where["command"] = command or where["command"]
     if compiled and device == "cpu":
         text += "\n\nPeaks leave out what compiled code makes inside its kernels."
     (RESULTS / f"{name}.json").write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")

@@ -15,6 +15,10 @@ settings.load_profile("default")
 
 def pytest_addoption(parser):
     parser.addoption("--device", help="make tests' tensors there; many tests know the CPU alone")
+    parser.addoption(
+        "--write-tables", action="store_true",
+        help="slow tests write the tables of what they find into benchmarks/results",
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

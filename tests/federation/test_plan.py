@@ -55,4 +55,4 @@ def test_a_plan_needs_no_weights(tmp_path):
     planned = plan(large, arguments(tmp_path, num_rounds=2), 10)
     assert planned.num_values == 20_000 * 20_001
     assert "2 rounds of 3 of 10 clients" in str(planned)
-    assert "1,600.080 MB down" in str(planned)
+    assert "1.60 GB down" in str(planned)

@@ -206,7 +206,7 @@ def test_a_failed_round_takes_its_clients_back(tmp_path):
     ],
 )
 def test_killed_and_resumed(tmp_path, case):
-    """A real process that dies of SIGKILL; ``benchmarks/kill_resume.py`` does it more often."""
+    """A real process that dies of SIGKILL; ``tests/slow`` does it more often."""
     rng = random.Random(str(case))
 
     def start(folder):

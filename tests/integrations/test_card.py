@@ -15,6 +15,7 @@ from tests.zoo import adapted, mlp
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from fedpara_peft import FederatedTrainer, FedParaConfig, accuracy, partition
+from fedpara_peft.comm.ledger import shown_bytes
 
 BERT = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -112,7 +113,7 @@ def test_of_the_federated_trainer(tmp_path):
     assert "| rounds | 2 |" in text
     assert "| clients | 4, 3 in a round |" in text
     assert "| codecs | int8 up, identity down |" in text
-    assert f"| sent | {history.total_bytes / 1e6:,.2f} MB" in text
+    assert f"| sent | {shown_bytes(history.total_bytes)} (" in text
     assert f"| eval_accuracy | {history[-1].metrics['eval_accuracy']:.4g} after round 2 |" in text
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, matmul
 
 from .errors import RankError
-from .matmul import matmul
 
 Nonlinearity = Literal["tanh"] | None
 

@@ -44,6 +44,8 @@ class Gradients:
         self._model = model
         self._parameters = list(parameters.values())
         self._compute_loss = compute_loss
+        owner = getattr(compute_loss, "owner", None)  # a strategy that has a loss of its own
+        self._named = f"{owner}.local_loss" if owner else "compute_loss"
         self._precision = precision
         self._strength = args.jacobian_correction
         self._decay = args.composed_weight_decay
@@ -108,7 +110,7 @@ class Gradients:
 
     def _forward(self, batch: Any) -> Loss:
         with self._precision.autocast():
-            return read_loss(self._compute_loss(self._model, batch))
+            return read_loss(self._compute_loss(self._model, batch), self._named)
 
 
 @contextmanager

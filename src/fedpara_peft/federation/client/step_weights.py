@@ -34,7 +34,7 @@ class StepWeights:
             scale: what its gradients were scaled by.
             made: which clients of a stack make this step; None: all.
         """
-        velocity = self._momentum * self._velocity + scale
+        velocity = self._momentum * self._velocity + scale if self._momentum else scale
         if made is None:
             self._velocity, self.total = velocity, self.total + velocity
             return

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...comm.state import State
 from ..arguments import FederatedArguments
@@ -23,6 +23,7 @@ from ..errors import ArgumentsError, ClientDataError
 from ..strategies import Correction, LocalSteps
 from .optimizer import Optimizers
 from .optimizer_state import Kept, kept_of, options_of, put_back, stacked, unstacked
+from .sgd import step_of
 from .step_weights import StepWeights, clip_scale
 
 
@@ -76,6 +77,7 @@ class Steps:
         self._keeps = args.optimizer_state == "keep"
         put_back(self._optimizers, self._names, kept[0] if stack is None else stacked(kept))
         self._options = options_of(self._optimizers) if self._keeps else []
+        self._moves = [step_of(optimizer) for optimizer in self._optimizers]
         self._pull = corrections[0].pull if corrections[0] else 0.0
         moved = [(p, n) for n, p in parameters.items() if n in start]
         self._pulled = [(p, start[n]) for p, n in moved] if self._pull else []
@@ -110,14 +112,12 @@ class Steps:
                 _gradient(parameter).add_(parameter - fixed, alpha=self._pull)
             for parameter, fixed in self._offset:
                 _gradient(parameter).add_(fixed)
-            self._weights.step(self._clip(), made)
-            before = {} if made is None else {p: p.clone() for p in self._parameters.values()}
-            kept = {} if made is None else kept_of(self._optimizers, self._names)
-            kept = {part: {n: t.clone() for n, t in s.items()} for part, s in kept.items()}
-            for optimizer in self._optimizers:
-                optimizer.step()
-            if made is not None:
-                self._undo(~made, before, kept)
+            self._weights.step(1.0 if self._args.max_grad_norm is None else self._clip(), made)
+            if made is None:
+                for move in self._moves:
+                    move()
+            else:
+                self._move_some(made)
 
     def final(self) -> list[Stepped]:
         """What became of every client.
@@ -152,17 +152,27 @@ class Steps:
         found = [p.grad for p in self._parameters.values() if p.grad is not None]
         if bound is None or not found:
             return 1.0
-        if self._stack is None:
-            norm = nn.utils.clip_grad_norm_(self._parameters.values(), bound)
-            return clip_scale(norm, bound)
+        if self._stack is None:  # as clip_grad_norm_ does, whose scale is needed here as well
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+            scale = clip_scale(norm, bound)
+            torch._foreach_mul_(found, scale)
+            return scale
         squares = [g.flatten(1).square().sum(1) for g in found]
         scale = clip_scale(functools.reduce(torch.add, squares).sqrt(), bound)
         for grad in found:
             grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
         return scale
 
-    def _undo(self, resting: Tensor, before: Mapping[Tensor, Tensor], kept: Kept) -> None:
-        """Take a step back for some clients of a stack."""
+    def _move_some(self, made: Tensor) -> None:
+        """Make the step, and take it back for the clients of a stack that rest."""
+        resting = ~made
+        before = {p: p.clone() for p in self._parameters.values()}
+        kept = {
+            part: {n: t.clone() for n, t in state.items()}
+            for part, state in kept_of(self._optimizers, self._names).items()
+        }
+        for move in self._moves:
+            move()
         for tensor, old in before.items():
             tensor[resting] = old[resting]
         for part, state in kept_of(self._optimizers, self._names).items():

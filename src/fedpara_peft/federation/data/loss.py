@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,24 +45,30 @@ class Loss(NamedTuple):
 LossFunction = Callable[[nn.Module, Any], Any]
 
 
-def read_loss(found: Any) -> Loss:
+def read_loss(found: Any, of: str = "compute_loss") -> Loss:
     """What a loss function returned: a loss, ``(loss, outputs)`` or ``(loss, outputs, terms)``.
+
+    Args:
+        found: what it returned.
+        of: the function, for the error.
 
     Raises:
         ArgumentsError: it is something else, or the loss is not one number.
     """
+    if type(found) is Loss and isinstance(found.mean, Tensor) and found.mean.dim() == 0:
+        return found
     if isinstance(found, Mapping) and "loss" in found:  # a transformers output
         found = (found["loss"], found.get("logits"))
     parts = (found,) if isinstance(found, Tensor) else found
     if not isinstance(parts, tuple | list) or not 1 <= len(parts) <= 3:
         raise ArgumentsError(
-            f"compute_loss returned a {type(found).__name__}: return the mean loss, (loss, logits) "
+            f"{of} returned a {type(found).__name__}: return the mean loss, (loss, logits) "
             "or (loss, logits, number of terms)"
         )
     loss = Loss(*parts)
     if not isinstance(loss.mean, Tensor) or loss.mean.numel() != 1:
         shape = tuple(loss.mean.shape) if isinstance(loss.mean, Tensor) else type(loss.mean)
-        raise ArgumentsError(f"compute_loss returned a loss of {shape}: return a mean, one number")
+        raise ArgumentsError(f"{of} returned a loss of {shape}: return a mean, one number")
     return loss if loss.mean.dim() == 0 else loss._replace(mean=loss.mean.reshape(()))
 
 
@@ -167,11 +174,23 @@ def classification_loss(output: Any, labels: Any) -> Loss:
             f"a label is not in [0, {classes_last.shape[1]}), the model's classes ({error}): count "
             "labels from 0, and give the model an output for each"
         ) from None
-    return Loss(mean, logits, targets.ne(IGNORED).sum())
+    return Loss(mean, logits, _counted(targets))
+
+
+def _counted(targets: Tensor) -> Tensor | float:
+    """How many class indices count. A small net's step notices how this is found."""
+    size = targets.numel()
+    if size and targets.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+        least = int(targets.min())  # of those that cross-entropy took, only IGNORED is negative
+        if least >= 0:
+            return float(size)
+    return targets.ne(IGNORED).sum()
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and labels as cross-entropy takes them."""
+    if logits.dim() == 2 and labels.shape == logits.shape[:1] and logits.shape[1] > 1:
+        return logits, labels
     shapes = f"logits have the shape {tuple(logits.shape)}, labels {tuple(labels.shape)}"
     candidates = [labels]
     if labels.dim() > 1 and labels.shape[-1] == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...comm.ledger import shown_bytes
 from ..arguments import FederatedArguments
 from ..strategies import Strategy
 from .history import History
@@ -17,7 +18,7 @@ def training_facts(
         "rounds": f"{len(history):,}",
         "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} in a round",
         "strategy": type(strategy).__name__,
-        "sent": f"{(up + down) / 1e6:,.2f} MB ({up / 1e6:,.2f} up, {down / 1e6:,.2f} down)",
+        "sent": f"{shown_bytes(up + down)} ({shown_bytes(up)} up, {shown_bytes(down)} down)",
     }
     up_codec, down_codec = str(args.uplink_codec), str(args.downlink_codec)
     if (up_codec, down_codec) != ("identity", "identity"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...comm.ledger import PAPER_MEGABITS_PER_S, energy_j, transfer_s
+from ...comm.ledger import PAPER_MEGABITS_PER_S, energy_j, shown_bytes, transfer_s
 from ...comm.state import communicated_state
 from ...tuner.scope import persistent_buffers
 from ..arguments import FederatedArguments
@@ -63,8 +63,8 @@ class Plan:
         lines = [
             f"{self.num_values:,} values are communicated, {len(self.downlink_bytes)} rounds of "
             f"{self.cohort_size} of {self.num_clients} clients",
-            f"a client and round:  {down / 1e6:,.3f} MB down, {up / 1e6:,.3f} MB up",
-            f"all together:        {self.total_bytes / 1e6:,.1f} MB",
+            f"a client and round:  {shown_bytes(down)} down, {shown_bytes(up)} up",
+            f"all together:        {shown_bytes(self.total_bytes)}",
         ]
         for bandwidth in PAPER_MEGABITS_PER_S:
             lines.append(

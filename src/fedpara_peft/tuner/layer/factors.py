@@ -153,7 +153,8 @@ class FactorHolder(BaseTunerLayer):
         spec = self.specs[adapter_name]
         found = []
         for half in range(spec.form.num_halves):
-            x, y, t = (getattr(self, container) for container in half_containers(half))
+            # Looked up at every step: what a module does around an attribute is felt there.
+            x, y, t = (self._modules[container] for container in half_containers(half))
             core = _factor(t[adapter_name], name) if spec.plans[name].kernel else None
             found.append(Half(_factor(x[adapter_name], name), _factor(y[adapter_name], name), core))
         return tuple(found)

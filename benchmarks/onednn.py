@@ -1,7 +1,7 @@
-"""The matrix product of large factors on a CPU.
+"""oneDNN's matrix product on a CPU, which the package does not use; see ablations.py.
 
 PyTorch gives a float32 ``a @ b`` to MKL, which has no AVX-512 kernels for other makers' CPUs, and
-its convolutions to oneDNN, which has: there, oneDNN multiplies two to three times faster.
+its convolutions to oneDNN, which has.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .precision import as_given, autocast_dtype
+from fedpara_peft.maths.precision import as_given, autocast_dtype
 
 # oneDNN's ``a @ wᵀ`` on plain tensors; private to PyTorch, hence found or not.
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 #: Multiplications below which calling oneDNN costs more than it gains.
-_LEAST_WORK = 1 << 21
+LEAST_WORK = 1 << 21
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -31,13 +31,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         ``(m, n)``, contiguous.
     """
-    if a.shape[0] * a.shape[1] * b.shape[1] < _LEAST_WORK or not _in_onednn(a, b):
+    if a.shape[0] * a.shape[1] * b.shape[1] < LEAST_WORK or not in_onednn(a, b):
         return a @ b
     result: Tensor = _Matmul.apply(a, b)  # type: ignore[no-untyped-call]
     return result
 
 
-def _in_onednn(a: Tensor, b: Tensor) -> bool:
+def in_onednn(a: Tensor, b: Tensor) -> bool:
     """Plain float32 CPU tensors that nothing traces, transforms or casts."""
     return (
         _LINEAR is not None
