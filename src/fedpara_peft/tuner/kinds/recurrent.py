@@ -88,7 +88,7 @@ class Recurrent(FedParaLayer):
                 weight = self.get_delta_weight(next(iter(self.specs)), name).to(dtype)
             else:
                 weight = getattr(base_layer, name)
-                weight = self._plus_deltas(weight, name, mine, self.get_delta_weight)
+                weight = self._plus_deltas(weight, name, mine)
             weights.append(weight)
         kept = base_layer._flat_weights
         try:

@@ -91,7 +91,7 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         self.merged_adapters: list[str] = []
         self._merged_scales: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
-        self._fresh_local: set[str] = set()
+        self._drawn_local: dict[str, list[Tensor]] = {}
         self._trained = None
         self._in_mixed_batch: str | None = None  # the layer's name while it is
         self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
@@ -226,26 +226,20 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
             MixedBatchError: something is computed with it while every sample has its own adapter.
         """
         if self.replaced and not self.merged:
-            return self._noting_gradients(next(iter(self.specs)), name)
+            return self.get_delta_weight(next(iter(self.specs)), name)
         base: Tensor = super().weight if name == "weight" else getattr(self.get_base_layer(), name)
         if self._in_mixed_batch is not None:
             return UnreadableWeight.like(base, self._in_mixed_batch)
         if self._base_alone() or self.quantization_backend is not None:
             return base
         names = [n for n in self._unmerged() if name in self.specs[n].plans]
-        return self._plus_deltas(base, name, self._kept(names), self._noting_gradients)
+        return self._plus_deltas(base, name, self._kept(names))
 
-    def _plus_deltas(
-        self,
-        base: Tensor,
-        name: str,
-        adapters: Iterable[str],
-        delta_of: Callable[[str, str], Tensor],
-    ) -> Tensor:
+    def _plus_deltas(self, base: Tensor, name: str, adapters: Iterable[str]) -> Tensor:
         """A base weight with the adapters' ΔW on it, dropped output features left out."""
         total = base
         for adapter_name in adapters:
-            delta = delta_of(adapter_name, name)
+            delta = self.get_delta_weight(adapter_name, name)
             p = self.specs[adapter_name].rank_dropout if self.training else 0.0
             if p:
                 mask = inverted_mask(delta, delta.shape[self.feature_dim], p)
@@ -253,15 +247,6 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
                 delta = delta * mask.view(-1, *ones)
             total = total + delta
         return total.to(base.dtype)
-
-    def _noting_gradients(self, adapter_name: str, name: str) -> Tensor:
-        """ΔW; once a gradient comes back to it, the personal half is no longer as it was drawn."""
-        delta = self.get_delta_weight(adapter_name, name)
-        if delta.requires_grad and self.training and adapter_name in self._fresh_local:
-            delta.register_hook(  # type: ignore[no-untyped-call]
-                lambda _: self._fresh_local.discard(adapter_name)
-            )
-        return delta
 
     # Forward.
 
@@ -288,10 +273,7 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         return [n for n in names if not chance(self.specs[n].module_dropout)]
 
     def _adapters_to_run(self) -> list[str]:
-        names = self._unmerged()
-        if self.training and self._fresh_local:
-            self._fresh_local.difference_update(names)
-        return self._kept(names)
+        return self._kept(self._unmerged())
 
     def _forward_mixed(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any

@@ -131,15 +131,23 @@ class FactorHolder(BaseTunerLayer):
             self._draw(adapter_name, name, range(spec.form.num_halves))
             if init_weights and not spec.replaced:
                 self._zero(adapter_name, name, spec.form.zero_halves)
-        self._fresh_local.add(adapter_name)
+        self.note_drawn_local_half(adapter_name)
+
+    def note_drawn_local_half(self, adapter_name: str) -> None:
+        """Remember how the personal half was drawn, by a row of each factor."""
+        self._drawn_local[adapter_name] = [f.clone() for f in self._local_rows(adapter_name)]
 
     def keep_local_half(self, adapter_name: str) -> None:
         """Note that a checkpoint without the personal half must not reset it."""
-        self._fresh_local.discard(adapter_name)
+        self._drawn_local.pop(adapter_name, None)
 
     def has_fresh_local_half(self, adapter_name: str) -> bool:
         """Whether the personal half is as it was drawn: neither trained nor loaded."""
-        return adapter_name in self._fresh_local
+        drawn = self._drawn_local.get(adapter_name)
+        return drawn is not None and all(
+            now.is_meta or then.is_meta or torch.equal(now, then.to(now))
+            for now, then in zip(self._local_rows(adapter_name), drawn, strict=True)
+        )
 
     def reset_local_half(self, adapter_name: str) -> None:
         """Draw the local halves anew so that they are zero: neutral, as W₂ + 1 = 1 is."""
@@ -147,6 +155,7 @@ class FactorHolder(BaseTunerLayer):
         for name in spec.plans:
             self._draw(adapter_name, name, spec.form.local_halves)
             self._zero(adapter_name, name, spec.form.local_halves)
+        self.note_drawn_local_half(adapter_name)
 
     def halves(self, adapter_name: str, name: str = "weight") -> tuple[Half, ...]:
         """The factors of one weight, one :class:`Half` per half."""
@@ -176,6 +185,13 @@ class FactorHolder(BaseTunerLayer):
         for container in self.adapter_layer_names:
             for name, factor in getattr(self, container).named_parameters():
                 yield f"{container}.{name}", factor
+
+    def _local_rows(self, adapter_name: str) -> list[Tensor]:
+        spec = self.specs[adapter_name]
+        halves = [
+            self.halves(adapter_name, n)[i] for n in spec.plans for i in spec.form.local_halves
+        ]
+        return [factor.detach()[:1] for half in halves for factor in half.tensors()]
 
     def _zero(self, adapter_name: str, name: str, which: Iterable[int]) -> None:
         halves = self.halves(adapter_name, name)

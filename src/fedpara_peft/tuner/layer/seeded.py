@@ -63,6 +63,7 @@ class SeededLayer:
                 for factor, value in zip(factors.tensors(), values.tensors(), strict=True):
                     if not factor.is_meta:
                         factor.copy_(value)
+        self.note_drawn_local_half(adapter_name)
 
     def _set_frozen(self, name: str, base: Tensor) -> None:
         base_layer = self.get_base_layer()
