@@ -1,5 +1,6 @@
 """The GPU's tables, tried out on a CPU: every part, what fails, what hangs, and the rule's twin."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedpara_peft.maths.cost import low_rank_form_is_cheaper
+from fedpara_peft.maths.cost import LAUNCH_COST, low_rank_form_is_cheaper
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 #: More do not come back from where the GPU may be.
@@ -177,16 +178,17 @@ def linear_row(positions, compose, khatri_rao, takes, r=4, size=64, training=Tru
 
 def test_the_rule_that_is_fitted_is_the_rule_that_is_used(gpu):
     rule = gpu["cost_rule"]
-    for training in (True, False):
+    for training, launches in itertools.product((True, False), repeat=2):
         for joined in (True, False):
             for positions in (1, 3, 64, 4096):
                 for r in (2, 8, 16, 32):
                     row = linear_row(positions, 1, 1, "", r, size=768, training=training)
                     form = low_rank_form_is_cheaper(
                         positions=positions, dense=row["dense"], form=row["form"], r=r,
-                        training=training, joined=joined,
+                        training=training, joined=joined, launches=launches,
                     )  # fmt: skip
-                    found = rule.chosen({**row, "joined": joined}, 64.0)
+                    launch = LAUNCH_COST if launches else 0
+                    found = rule.chosen({**row, "joined": joined}, 64.0, launch)
                     assert found == ("khatri_rao" if form else "compose")
 
 

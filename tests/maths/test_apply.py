@@ -193,13 +193,18 @@ def test_adding_in_chunks_is_adding(name, kernel, chunk, tanh):
 
 
 def test_the_cost_rule_at_known_places():
-    def rule(m, n, r, tokens, training=True, joined=True):
+    def rule(m, n, r, tokens, training=True, joined=True, launches=False):
         return low_rank_form_is_cheaper(
             positions=tokens, dense=m * n, form=r * r * (m + n), r=r, training=training,
-            joined=joined,
+            joined=joined, launches=launches,
         )  # fmt: skip
 
     assert rule(4096, 4096, 8, 512)
+    assert not rule(
+        768, 768, 8, 64, launches=True
+    )  # an H100 composes that in less than it launches
+    assert rule(768, 768, 8, 64)
+    assert rule(4096, 4096, 8, 512, launches=True)
     assert rule(4096, 4096, 32, 1, training=False)
     assert rule(4096, 4096, 8, 512, training=False)
     assert not rule(4096, 4096, 32, 512, training=False)  # 1,024 columns, made at every pass

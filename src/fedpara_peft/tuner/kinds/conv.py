@@ -30,6 +30,7 @@ class Conv(ProductLayer):
     """
 
     kind = "conv"
+    form_launches_more = False  # composing a kernel with a core is as many products
     base_classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod

@@ -8,7 +8,7 @@ is in ``maths/cost.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class ProductLayer(FedParaLayer):
     """Base of linear layers and convolutions."""
 
     mixes_adapters = True
+    #: Whether the low-rank form is more launches than composing, which an accelerator feels.
+    form_launches_more: ClassVar[bool] = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone.
@@ -134,6 +136,7 @@ class ProductLayer(FedParaLayer):
             r=plan.r,
             training=torch.is_grad_enabled(),
             joined=joined,
+            launches=self.form_launches_more and x.device.type != "cpu",
         )
 
     def _can_join(self, x: Tensor, adapter_name: str) -> bool:
