@@ -3,7 +3,14 @@
 from ._peft import hook_into_cards, register
 from .card import write_card
 from .config import FedParaConfig
-from .convert import loha_to_fedpara, save_as_loha, save_as_lora
+from .convert import (
+    Conversion,
+    ConvertedLayer,
+    convert_adapter,
+    loha_to_fedpara,
+    save_as_loha,
+    save_as_lora,
+)
 from .decay import composed_weight_decay
 from .jacobian import composed_weights, jacobian_correction
 from .layer import FedParaLayer
@@ -14,11 +21,14 @@ register(FedParaConfig, FedParaModel, FedParaLayer)
 hook_into_cards(write_card)
 
 __all__ = [
+    "Conversion",
+    "ConvertedLayer",
     "FedParaConfig",
     "FedParaLayer",
     "FedParaModel",
     "composed_weight_decay",
     "composed_weights",
+    "convert_adapter",
     "fedpara_summary",
     "jacobian_correction",
     "loha_to_fedpara",
