@@ -119,7 +119,7 @@ def group_keys(keys: Iterable[str]) -> tuple[list[Group], list[str]]:
     """The layers of a file, in its order, and the keys that are no layer's.
 
     Raises:
-        LayoutError: a layer has factors of several methods, or none but its alpha.
+        LayoutError: a layer has factors of several methods.
     """
     modules: dict[str, dict[str, str]] = {}
     rest: list[str] = []
@@ -129,14 +129,21 @@ def group_keys(keys: Iterable[str]) -> tuple[list[Group], list[str]]:
             rest.append(key)
         else:
             modules.setdefault(key[: -len(factor) - 1], {})[factor] = key
+    methods = {
+        module: sorted({_METHOD_OF[factor] for factor in own if factor in _METHOD_OF})
+        for module, own in modules.items()
+    }
+    for module in [module for module, found in methods.items() if not found]:
+        rest.extend(modules.pop(module).values())  # an alpha, say, of no layer
     prefixes = _prefixes(modules)
     groups = []
     for module, own in modules.items():
-        methods = sorted({_METHOD_OF[factor] for factor in own if factor in _METHOD_OF})
-        if len(methods) != 1:
-            said = f"factors of {' and '.join(methods)}" if methods else "no factors"
-            raise LayoutError(f"{module} has {', '.join(own)}, which is {said}: save it again")
-        groups.append(Group(module, prefixes[module], methods[0], own))
+        if len(methods[module]) > 1:
+            raise LayoutError(
+                f"{module} has {', '.join(own)}, which are factors of "
+                f"{' and '.join(methods[module])}: save it again"
+            )
+        groups.append(Group(module, prefixes[module], methods[module][0], own))
     return groups, rest
 
 

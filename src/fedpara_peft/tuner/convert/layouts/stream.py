@@ -63,9 +63,9 @@ class TensorFile:
                 pass
         except (SafetensorError, OSError) as error:
             raise LayoutError(f"{path} cannot be read ({error}): save or fetch it again") from None
-        self._file = self.path.open("rb")
-        size = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(size), object_pairs_hook=self._without_twins)
+        with self.path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size), object_pairs_hook=self._without_twins)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors: dict[str, TensorInfo] = {}
         for key, entry in header.items():
@@ -78,6 +78,7 @@ class TensorFile:
             self.tensors[key] = TensorInfo(
                 _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + start, end - start
             )
+        self._file = self.path.open("rb")
 
     def read(self, key: str) -> Tensor:
         """One tensor, in memory of its own."""
