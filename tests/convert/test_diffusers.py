@@ -181,7 +181,7 @@ def test_a_lora_of_a_rank_and_its_error(tmp_path):
 
 
 def test_kohyas_file_is_loaded_by_the_pipeline(tmp_path):
-    """Of one rank: diffusers 0.42 loses the alphas of attention layers that differ from the rest."""
+    """Of one rank: diffusers 0.42 loses the alphas of attention layers that are not as the rest."""
     build, pipeline, _, _ = MODELS["unet"]
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2"]
     model = trained(build, targets, ranks=())

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from fedpara_peft import RankError
 from fedpara_peft.maths.apply import LowRankForm, low_rank_form
-from fedpara_peft.maths.compose import Half, compose
-from fedpara_peft.maths.truncate import (
+from fedpara_peft.maths.approximation.truncate import (
     exact_pair,
     relative_error,
     singular_values,
     truncate,
 )
+from fedpara_peft.maths.compose import Half, compose
 
 HALVES = {"fedpara": 2, "pfedpara": 2, "lowrank": 1}
 SHAPES = [

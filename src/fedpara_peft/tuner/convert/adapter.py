@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 from tqdm import tqdm
 
+from ...maths.approximation.truncate import check_truncation
 from ...maths.errors import RankError
-from ...maths.truncate import check_truncation
 from ..errors import ConversionError
 from .layouts.base import Base
 from .layouts.folders import FolderWriter

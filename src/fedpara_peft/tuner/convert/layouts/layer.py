@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ....maths.apply import low_rank_form
+from ....maths.approximation.truncate import LowRankPair, exact_pair, relative_error, truncate
 from ....maths.halves import Half, LowRankForm
 from ....maths.parameterizations import FEDPARA
-from ....maths.truncate import LowRankPair, exact_pair, relative_error, truncate
 from ...errors import ConversionError, LayoutError
 from .base import BaseLayer
 

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import RankError
-from .halves import LowRankForm
-from .precision import as_given
+from ..errors import RankError
+from ..halves import LowRankForm
+from ..precision import as_given
 
 #: Of the largest eigenvalue of S Sᵀ: what lies below is rounding.
 _ROUNDING = 2.0**-52
