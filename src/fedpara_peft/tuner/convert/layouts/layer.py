@@ -11,7 +11,7 @@ from torch import Tensor
 from ....maths.apply import low_rank_form
 from ....maths.approximation.truncate import LowRankPair, exact_pair, relative_error, truncate
 from ....maths.halves import Half, LowRankForm
-from ....maths.parameterizations import FEDPARA
+from ....maths.parameterizations import FEDPARA, get_parameterization
 from ...errors import ConversionError, LayoutError
 from .base import BaseLayer
 
@@ -69,6 +69,12 @@ class Layer:
     def has_core(self) -> bool:
         """Whether it is a kernel in Tucker form."""
         return self.halves[0].t is not None
+
+    @property
+    def exact_rank(self) -> int:
+        """Columns of the exact low-rank form."""
+        ranks = [half.x.shape[1] for half in self.halves]
+        return get_parameterization(self.parameterization).form_rank(ranks)
 
     def form(self, dtype: torch.dtype | None = None) -> LowRankForm:
         """The exact low-rank form of the composed weight, without the scale."""
@@ -150,20 +156,19 @@ def as_lora(layer: Layer, *, rank: int | None = None, tolerance: float | None = 
             f"{layer.name} has a dora_scale: a weight-decomposed adapter depends on the base "
             "weight and is no LoRA; write it as lycoris or loha, or merge it"
         )
-    form, own = layer.form(torch.float64), layer.form()
-    if layer.embedding:  # LoRA's pair for a table looks up its rows in down
-        form, own = (f._replace(a=f.b, b=f.a) for f in (form, own))
-    exact_rank = form.a.shape[1]
-    half, error, norm = layer.dtype.itemsize < 4, 0.0, 0.0
-    pair = exact_pair(own, layer.scale)
+    half, error, norm, pair = layer.dtype.itemsize < 4, 0.0, 0.0, None
+    exact_rank = layer.exact_rank
     if rank is not None or tolerance is not None:
+        form = _lora_form(layer, torch.float64)
         found = truncate(form, rank=rank, tolerance=tolerance, scale=layer.scale)
         norm = float(found.singular_values.square().sum().sqrt())
         if found.pair.up.shape[1] < exact_rank:
             pair = LowRankPair(*(factor.to(layer.dtype) for factor in found.pair))
             error = found.error
+    if pair is None:
+        pair = exact_pair(_lora_form(layer), layer.scale)
     if half:
-        error = relative_error(form, pair, layer.scale)
+        error = relative_error(_lora_form(layer, torch.float64), pair, layer.scale)
     up, down = pair
     kernel = layer.kernel
     if kernel is None and layer.has_core:
@@ -172,6 +177,12 @@ def as_lora(layer: Layer, *, rank: int | None = None, tolerance: float | None = 
         down = down.reshape(down.shape[0], -1, *kernel)
         up = up.reshape(*up.shape, *[1] * len(kernel))
     return LoraLayer(down.contiguous(), up.contiguous(), exact_rank, error, norm)
+
+
+def _lora_form(layer: Layer, dtype: torch.dtype | None = None) -> LowRankForm:
+    """The form of what LoRA multiplies by: of a table, whose rows are looked up in down, Wᵀ."""
+    form = layer.form(dtype)
+    return form._replace(a=form.b, b=form.a) if layer.embedding else form
 
 
 def _without_ones(core: Tensor | None, dims: int) -> Tensor | None:
