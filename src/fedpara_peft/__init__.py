@@ -44,15 +44,18 @@ from .federation.trainer import FederatedTrainer
 from .maths.errors import FedParaError, RankError
 from .maths.rank import parameter_count, rank_bounds, rank_for_gamma, rank_for_ratio
 from .tuner import (
+    AdapterSummary,
     Conversion,
     ConvertedLayer,
     FedParaConfig,
     FedParaLayer,
     FedParaModel,
+    FileLayer,
     composed_weight_decay,
     composed_weights,
     convert_adapter,
     fedpara_summary,
+    inspect_adapter,
     jacobian_correction,
     loha_to_fedpara,
     save_as_loha,
@@ -73,6 +76,7 @@ from .tuner.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterSummary",
     "AgreementError",
     "ArgumentsError",
     "CheckpointError",
@@ -97,6 +101,7 @@ __all__ = [
     "FederatedArguments",
     "FederatedCallback",
     "FederatedTrainer",
+    "FileLayer",
     "History",
     "LayoutError",
     "LocalOnly",
@@ -121,6 +126,7 @@ __all__ = [
     "composed_weights",
     "convert_adapter",
     "fedpara_summary",
+    "inspect_adapter",
     "jacobian_correction",
     "load_communicated_state",
     "load_local",

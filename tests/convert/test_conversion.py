@@ -26,6 +26,7 @@ from fedpara_peft import (
     FedParaConfig,
     FedParaLayer,
     convert_adapter,
+    inspect_adapter,
     save_as_lora,
 )
 from fedpara_peft.cli import main
@@ -259,7 +260,17 @@ def test_a_file_is_inspected_and_converted_from_the_shell(tmp_path, capsys):
     assert "layers: 3 x LoHa" in out
     assert "ss_output_name: a style" in out
     assert "ss_x" not in out
-    assert re.search(r"^lora_unet_down_blocks_0_conv_1 +LoHa +3 +1.5 +5 x 7 x 3 x 3 ", out, re.M)
+    assert re.search(
+        r"^lora_unet_down_blocks_0_conv_1 +LoHa Tucker +3 +1.5 +5 x 7 x 3 x 3 ", out, re.M
+    )
+    found = inspect_adapter(source)
+    assert found.layout == "kohya (lora_unet_)"
+    assert [(x.rank, x.alpha, x.shape, x.has_core) for x in found.layers] == [
+        (3, 1.5, (5, 7, 3, 3), True), (3, 1.5, (6, 8), False), (3, 1.5, (7, 6), False),
+    ]  # fmt: skip
+    assert sum(x.num_bytes for x in found.layers) == sum(
+        t.nbytes for t in load_file(source).values()
+    )
     base = block()
     (tmp_path / "base").mkdir()
     save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")

@@ -404,6 +404,14 @@ def test_a_component_is_no_module_of_a_plain_model(tmp_path):
         assert done.source.startswith(layout)
         wanted = name if layout == "module paths" else name.partition(".")[2]
         assert [layer.name for layer in done.layers] == [wanted]
+    source = tmp_path / "dit.safetensors"
+    write_loha(source, {"transformer.blocks.0.attn": own}, {"transformer.blocks.0.attn": 2})
+    for base, wanted in (
+        ({"blocks.0.attn": (4, 5)}, "blocks.0.attn"),
+        ({"transformer.blocks.0.attn": (4, 5)}, "transformer.blocks.0.attn"),
+    ):
+        done = convert_adapter(source, tmp_path / wanted, "lora", base=base)
+        assert [layer.name for layer in done.layers] == [wanted]
     both = tmp_path / "both.safetensors"
     write_loha(both, {"unet.a": own, "head.b": own}, {"unet.a": 1, "head.b": 1})
     done = convert_adapter(both, tmp_path / "both", "lora")

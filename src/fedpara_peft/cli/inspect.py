@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from ..comm.ledger import shown_bytes
 from ..comm.state import LOCAL_WEIGHTS_NAME
 from ..tuner._peft import WRAPPER_PREFIX
 from ..tuner.config import FedParaConfig
-from ..tuner.convert.layouts.keys import DORA, METHODS
-from ..tuner.convert.layouts.source import AdapterFile
+from ..tuner.convert import inspect_adapter
+from ..tuner.convert.layouts.keys import METHODS
 from ..tuner.convert.layouts.stream import TensorFile, TensorInfo
 from ..tuner.layer import FACTOR_CONTAINER
 from .arguments import new_parser
@@ -76,29 +75,33 @@ def run(args: argparse.Namespace) -> None:
 
 def _show_file(name: str, path: Path) -> None:
     """A file of adapters, whoever wrote it."""
-    with AdapterFile(path) as file:
-        methods = Counter(layer.group.method for layer in file.layers)
-        said = ", ".join(f"{count} x {method}" for method, count in methods.items())
-        print(f"{name}: {file.layout}")
-        print(f"layers: {said or 'none'}")
-        for key in sorted(file.metadata):
-            if not key.startswith("ss_") or key in _SHOWN:
-                value = " ".join(file.metadata[key].split())
-                print(f"{key}: {value[:96]}{'…' if len(value) > 96 else ''}")
-        print()
-        rows = [("layer", "method", "r", "alpha", "shape", "values", "bytes")]
-        for layer in file.layers:
-            group = layer.group
-            own = {factor: file.tensors[key] for factor, key in group.keys.items()}
-            alpha = file.alpha_of(layer)
-            rank = "-" if layer.rank is None else str(layer.rank)
-            shown = "-" if alpha is None else f"{alpha:g}"
-            method = group.method + " + DoRA" * (DORA in group.keys)
-            rows.append((group.module, method, rank, shown, file.shape_of(layer), *_sizes(own)))
-        rows.append(("total", "", "", "", "", *_sizes(file.tensors)))
-        _print_table(rows)
-        if file.rest:
-            print(f"\nno layer's: {_listed(file.rest)}")
+    found = inspect_adapter(path)
+    methods = Counter(layer.method for layer in found.layers)
+    print(f"{name}: {found.layout}")
+    print(f"layers: {', '.join(f'{n} x {method}' for method, n in methods.items()) or 'none'}")
+    for key in sorted(found.metadata):
+        if not key.startswith("ss_") or key in _SHOWN:
+            value = " ".join(found.metadata[key].split())
+            print(f"{key}: {value[:96]}{'…' * (len(value) > 96)}")
+    print()
+    rows = [("layer", "method", "r", "alpha", "shape", "values", "bytes")]
+    for x in found.layers:
+        rows.append(
+            (
+                x.module,
+                x.method + " Tucker" * x.has_core + " + DoRA" * x.weight_decomposed,
+                "-" if x.rank is None else str(x.rank),
+                "-" if x.alpha is None else f"{x.alpha:g}",
+                " x ".join(map(str, x.shape)) or "-",
+                f"{x.num_values:,}",
+                shown_bytes(x.num_bytes),
+            )
+        )
+    values, size = (sum(getattr(x, of) for x in found.layers) for of in ("num_values", "num_bytes"))
+    rows.append(("total", "", "", "", "", f"{values:,}", shown_bytes(size)))
+    _print_table(rows)
+    if found.rest:
+        print(f"\nno layer's: {_listed(found.rest)}")
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -172,13 +175,14 @@ def _is_factor(name: str) -> bool:
 def _rank(own: Mapping[str, TensorInfo]) -> str:
     """Inner ranks of a layer's factors, from their shapes."""
     outer = {name for name in own if FACTOR_CONTAINER.match(name) and "_x" in name}
-    shapes = [own[name].shape for name in outer]
-    ranks = {shape[-1] for shape in shapes if shape}
+    ranks = {own[name].shape[-1] for name in outer if own[name].shape}
+    first = {"hada_w1_b", "hada_w2_b", "lora_A.weight", "lora_embedding_A"}
+    ranks |= {own[name].shape[0] for name in first & own.keys() if own[name].shape}
     return ", ".join(map(str, sorted(ranks))) or "-"
 
 
 def _sizes(own: Mapping[str, TensorInfo]) -> tuple[str, str]:
-    values = sum(math.prod(info.shape) for info in own.values())
+    values = sum(info.num_values for info in own.values())
     return f"{values:,}", shown_bytes(sum(info.num_bytes for info in own.values()))
 
 

@@ -9,11 +9,15 @@ from .from_loha import loha_to_fedpara
 from .layouts.writers import ConvertedLayer
 from .loha import save_as_loha
 from .lora import save_as_lora
+from .summary import AdapterSummary, FileLayer, inspect_adapter
 
 __all__ = [
+    "AdapterSummary",
     "Conversion",
     "ConvertedLayer",
+    "FileLayer",
     "convert_adapter",
+    "inspect_adapter",
     "loha_to_fedpara",
     "save_as_loha",
     "save_as_lora",

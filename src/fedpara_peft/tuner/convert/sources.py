@@ -19,6 +19,7 @@ from .folder import carried_over, check_target, config_of, rest_of
 from .from_model import model_layers
 from .layouts.base import Base, BaseLayer, base_layers, resolve_names
 from .layouts.folders import FolderWriter
+from .layouts.keys import BARE, COMPONENTS
 from .layouts.layer import Layer
 from .layouts.source import READ, AdapterFile, FoundLayer
 from .layouts.writers import FileWriter, To
@@ -199,7 +200,15 @@ class FileSource(Source):
                 "with component=…"
             )
         groups = [x.group for x in self._read]
-        return resolve_names({g.module: (g.name, g.prefix.underscored) for g in groups}, self._base)
+        names = {g.module: (g.name, g.prefix.underscored) for g in groups}
+        heads = {g.name.partition(".")[0] for g in groups if g.prefix is BARE}
+        if len(heads) != 1 or not heads <= set(COMPONENTS) or parts != {""}:
+            return resolve_names(names, self._base)
+        # The trunk of a plain model, or a part of a pipeline: the base tells which.
+        head = f"{heads.pop()}."
+        within = any(name.startswith(head) for name in self._base)
+        plain = {m: (n if within else n.removeprefix(head), u) for m, (n, u) in names.items()}
+        return resolve_names(plain, self._base)
 
     def _check_others(self, to: To, keep: bool) -> None:
         rest = () if self._loha is not None and to in METHODS else self._file.rest

@@ -82,13 +82,14 @@ _PLAIN = (
     Prefix("model.diffusion_model.", "unet", False, _COMFY),
     Prefix("diffusion_model.", "unet", False, _COMFY),
 )
-_COMPONENTS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
+#: The parts of a pipeline, as diffusers calls them.
+COMPONENTS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 #: Prefixes that a module of a plain model may begin with as well: they count where all layers of a
 #: file begin so.
-_HEADS = tuple(Prefix(f"{name}.", name, False, "diffusers") for name in _COMPONENTS)
+_HEADS = tuple(Prefix(f"{name}.", name, False, "diffusers") for name in COMPONENTS)
 BARE = Prefix("", "", False, "module paths")
-#: A plain model may call its trunk so (GPT-2 does); diffusers' transformers continue thus.
-_TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.", "blocks.", "layers.")
+#: A plain model may call its trunk so (GPT-2 does, MPT); diffusers' transformers continue thus.
+_TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.")
 
 PREFIXES = {prefix.text: prefix for prefix in (*_PLAIN, *_HEADS, BARE)}
 

@@ -88,22 +88,20 @@ class AdapterFile:
             )
         return alpha
 
-    def shape_of(self, layer: FoundLayer) -> str:
-        """The weight that a layer adds to, as far as its factors tell; "-" for other methods."""
+    def shape_of(self, layer: FoundLayer) -> tuple[int, ...]:
+        """The weight that a layer adds to, as far as its factors tell; () for other methods."""
         group = layer.group
         if group.method == "LoHa":
-            cores = [n[2] for n in LOHA if n[2] in group.keys]
+            core = LOHA[0][2]
             a, b = (self._shape(group, name) for name in LOHA[0][:2])
-            kernel = self._shape(group, cores[0])[2:] if cores else ()
-            shape = (a[1] if cores else a[0], b[1], *kernel)
-        elif group.method == "LoRA":
+            if core in group.keys:
+                return (a[1], b[1], *self._shape(group, core)[2:])
+            return (a[0], b[1])
+        if group.method == "LoRA":
             up, down, mid = _lora_names(group)
-            kernel = self._shape(group, mid)[2:] if mid in group.keys else ()
-            d = self._shape(group, down)
-            shape = (self._shape(group, up)[0], d[1], *(kernel or d[2:]))
-        else:
-            return "-"
-        return " x ".join(map(str, shape))
+            rows, columns = self._shape(group, up)[0], self._shape(group, down)[1]
+            return (rows, columns, *self._shape(group, mid if mid in group.keys else down)[2:])
+        return ()
 
     def read(self, layer: FoundLayer, alpha: float | None = None) -> Layer:
         """A layer with its values.

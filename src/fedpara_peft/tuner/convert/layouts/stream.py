@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -44,6 +45,11 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+    @property
+    def num_values(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
 
 
 class TensorFile:
