@@ -30,6 +30,7 @@ from fedpara_peft import (
     save_as_lora,
 )
 from fedpara_peft.cli import main
+from fedpara_peft.tuner.kinds import LAYER_KINDS, Linear
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -212,6 +213,46 @@ def test_what_a_model_trains_beside_its_layers(tmp_path):
     with pytest.raises(ConversionError, match="0 is an embedding, which kohya has no layout for"):
         convert_adapter(table, tmp_path / "a.safetensors", "kohya", prefix="")
     assert not list(tmp_path.iterdir())
+
+
+class Halved(nn.Linear):
+    """A layer of a user's, which computes half of what it says."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class HalvedKind(Linear):
+    kind = "halved"
+    base_classes = (Halved,)
+
+    def forward(self, x):
+        weight = self.get_base_layer().weight + self.get_delta_weight("default")
+        return nn.functional.linear(x, weight, self.get_base_layer().bias) / 2
+
+    def lora_factors(self, adapter_name, key):
+        """PEFT's LoRA adds to what the layer gives: half of the weight's."""
+        given = Linear.lora_factors(self, adapter_name, key)
+        return {**given, "lora_B.weight": given["lora_B.weight"] / 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 9}, {"rank": 2}])
+def test_a_kind_of_ones_own_answers_for_itself(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("fedpara_peft.tuner.kinds.LAYER_KINDS", [*LAYER_KINDS, HalvedKind])
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(Halved(12, 10), nn.Linear(10, 9)), torch.randn(3, 12)
+    config = FedParaConfig(r=3, alpha=2, target_modules=["0", "1"])
+    model = randomize(get_peft_model(copy.deepcopy(plain), config)).eval()
+    done = convert_adapter(model, tmp_path, "lora", **options)
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    if options.get("rank") == 2:
+        layer = model.base_model.model[0]
+        best = dense_best(layer.get_delta_weight("default").detach() / 2, 2)
+        found = again.base_model.model[0].get_delta_weight("default")
+        close(found, best)
+        assert done.error > 0
+    else:
+        close(again(x), model(x))
 
 
 @pytest.mark.parametrize(

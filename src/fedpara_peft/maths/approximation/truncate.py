@@ -128,6 +128,13 @@ def singular_values(form: LowRankForm) -> Tensor:
     return truncate(form, rank=1).singular_values
 
 
+def frobenius_norm(form: LowRankForm, scale: float = 1.0) -> float:
+    """``‖W‖`` (Frobenius) of a weight that is not composed, in float64."""
+    with torch.no_grad(), as_given(form.a.device):
+        up, down = (factor.double().flatten(1) for factor in exact_pair(form, scale))
+        return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+
+
 def relative_error(form: LowRankForm, pair: LowRankPair, scale: float = 1.0) -> float:
     """``‖W - up · down‖ / ‖W‖`` of any pair, of rounded factors too; W is not composed.
 

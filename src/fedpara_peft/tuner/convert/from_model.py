@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...maths.apply import has_low_rank_form
 from ...maths.halves import Half
+from ...maths.parameterizations import LOWRANK
 from ..errors import ConversionError
+from ..kinds import Conv, Embedding, Linear
 from ..layer import FedParaLayer, factorized_layers
 from ..names import base_names
-from .layouts.layer import Layer
+from .layouts.keys import LOHA
+from .layouts.layer import Layer, loha_half
+
+#: The kinds whose forms are those of their halves.
+_KINDS: tuple[type[FedParaLayer], ...] = (Linear, Conv, Embedding)
 
 
 def model_layers(model: nn.Module, adapter_name: str, to: str) -> Iterator[Layer]:
@@ -34,34 +40,59 @@ def model_layers(model: nn.Module, adapter_name: str, to: str) -> Iterator[Layer
                 f"{name}: tanh has no exact low-rank form; use merge_and_unload() instead"
             )
         with torch.no_grad():
-            if to == "lora":
-                layer.lora_factors(adapter_name, name)
-            else:
-                layer.loha_factors(adapter_name, name)
-            yield _layer(layer, adapter_name, name)
+            method = f"{to}_factors"
+            given = {n: f.detach() for n, f in getattr(layer, method)(adapter_name, name).items()}
+            known = getattr(type(layer), method) in [getattr(kind, method) for kind in _KINDS]
+            yield _layer(layer, adapter_name, name, None if known else given)
 
 
-def _layer(layer: FedParaLayer, adapter_name: str, name: str) -> Layer:
+def _layer(
+    layer: FedParaLayer, adapter_name: str, name: str, given: dict[str, Tensor] | None
+) -> Layer:
+    """A layer by its halves, or by the factors that a kind of another's making gives."""
     spec = layer.specs[adapter_name]
     plan = spec.plans["weight"]
-    halves = tuple(
-        Half(x.detach(), y.detach(), None if t is None else t.detach())
-        for x, y, t in layer.halves(adapter_name)
-    )
-    zero_row = getattr(layer, "zero_row", None)
-    if zero_row is not None:  # the padding row: nothing is added there
-        x = halves[0].x.clone()
-        x[zero_row] = 0
-        halves = (halves[0]._replace(x=x), *halves[1:])
+    kernel = tuple(plan.shape.kernel)
+    rank, alpha = plan.r, layer.scale_of(adapter_name) * plan.r
+    form, embedding = spec.parameterization, layer.kind == "embedding"
+    if given is not None and "hada_w1_a" not in given:
+        form, embedding = LOWRANK.name, "lora_embedding_A" in given
+        down, up = _lora_pair(name, given)
+        halves: tuple[Half, ...] = (Half(up.flatten(1), down.flatten(1).T),)
+        if embedding:  # rows are looked up in down
+            halves = (Half(down.T, up),)
+        rank, kernel = down.shape[0], tuple(down.shape[2:])
+        alpha = float(rank)
+    elif given is not None:
+        halves = tuple(loha_half(given, names, len(kernel)) for names in LOHA)
+    else:
+        halves = tuple(
+            Half(x.detach(), y.detach(), None if t is None else t.detach())
+            for x, y, t in layer.halves(adapter_name)
+        )
+        if layer.zero_row is not None:  # the padding row: nothing is added there
+            x = halves[0].x.clone()
+            x[layer.zero_row] = 0
+            halves = (halves[0]._replace(x=x), *halves[1:])
     return Layer(
         name=name,
         component="",
         underscored=False,
-        parameterization=spec.parameterization,
+        parameterization=form,
         halves=halves,
-        rank=plan.r,
-        alpha=layer.scale_of(adapter_name) * plan.r,
-        kernel=tuple(plan.shape.kernel),
-        embedding=layer.kind == "embedding",
+        rank=rank,
+        alpha=alpha,
+        kernel=kernel,
+        embedding=embedding,
         transposed=layer.transposed,
+    )
+
+
+def _lora_pair(name: str, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    for down, up in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+        if given.keys() == {down, up}:
+            return given[down], given[up]
+    raise ConversionError(
+        f"{name}: its kind's lora_factors gives {', '.join(given)}, and LoRA's are lora_A.weight "
+        "and lora_B.weight, or lora_embedding_A and lora_embedding_B"
     )

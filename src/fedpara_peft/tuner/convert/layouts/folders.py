@@ -112,6 +112,12 @@ class FolderWriter:
             raise ConversionError(
                 f"{layer.name} is {kind}, which {self.to} has no form for: convert to lora"
             )
+        if self.to == "loha" and (layer.transposed or _kernel_dims(layer) == 3):
+            kind = "transformers' Conv1D" if layer.transposed else "a Conv3d"
+            raise ConversionError(
+                f"{layer.name} is {kind}, which PEFT's LoHa has no form for: convert to fedpara or "
+                "lora"
+            )
         if self._form not in (None, layer.parameterization):
             raise ConversionError(
                 f"{layer.name} is {layer.parameterization!r} and layers before it are "
@@ -163,3 +169,8 @@ class FolderWriter:
         if others is not None and not any(name.endswith(endings) for name in others):
             return names
         return "|".join(re.escape(name) for name in names)
+
+
+def _kernel_dims(layer: Layer) -> int:
+    core = layer.halves[0].t
+    return core.dim() - 2 if core is not None else len(layer.kernel or ())

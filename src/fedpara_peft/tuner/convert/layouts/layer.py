@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ....maths.apply import low_rank_form
-from ....maths.approximation.truncate import LowRankPair, exact_pair, relative_error, truncate
+from ....maths.approximation.truncate import (
+    LowRankPair,
+    exact_pair,
+    frobenius_norm,
+    relative_error,
+    truncate,
+)
 from ....maths.halves import Half, LowRankForm
 from ....maths.parameterizations import FEDPARA, get_parameterization
 from ...errors import ConversionError, LayoutError
@@ -168,7 +175,8 @@ def as_lora(layer: Layer, *, rank: int | None = None, tolerance: float | None = 
     if pair is None:
         pair = exact_pair(_lora_form(layer), layer.scale)
     if half:
-        error = relative_error(_lora_form(layer, torch.float64), pair, layer.scale)
+        form = _lora_form(layer, torch.float64)
+        error, norm = relative_error(form, pair, layer.scale), frobenius_norm(form, layer.scale)
     up, down = pair
     kernel = layer.kernel
     if kernel is None and layer.has_core:
@@ -177,6 +185,14 @@ def as_lora(layer: Layer, *, rank: int | None = None, tolerance: float | None = 
         down = down.reshape(down.shape[0], -1, *kernel)
         up = up.reshape(*up.shape, *[1] * len(kernel))
     return LoraLayer(down.contiguous(), up.contiguous(), exact_rank, error, norm)
+
+
+def loha_half(own: Mapping[str, Tensor], names: Sequence[str], dims: int | None = None) -> Half:
+    """A half from LoHa's factors by their names; ``dims``: of the kernel, where it is known."""
+    a, b, core = own[names[0]], own[names[1]], own.get(names[2])
+    if core is not None and dims is not None:
+        core = _without_ones(core, dims)
+    return Half(a if core is None else a.T, b.T, core)
 
 
 def _lora_form(layer: Layer, dtype: torch.dtype | None = None) -> LowRankForm:

@@ -15,7 +15,7 @@ from ....maths.halves import Half
 from ....maths.parameterizations import FEDPARA, LOWRANK
 from ...errors import LayoutError
 from .keys import ALPHA, DORA, LOHA, LORA, Group, group_keys, layout_of
-from .layer import Layer
+from .layer import Layer, loha_half
 from .stream import TensorFile, TensorInfo
 
 #: Methods whose layers are read; those of others are named.
@@ -122,7 +122,7 @@ class AdapterFile:
         kernel = None
         if group.method == "LoHa":
             name = FEDPARA.name
-            halves = tuple(_loha_half(own, names) for names in LOHA)
+            halves = tuple(loha_half(own, names) for names in LOHA)
         else:
             name = LOWRANK.name
             up, down, mid = (own.get(factor) for factor in _lora_names(group))
@@ -247,11 +247,6 @@ class AdapterFile:
             f"{key} is {self.tensors[key].shape} and should be {wanted}: the file is damaged; "
             "save or fetch it again"
         )
-
-
-def _loha_half(own: Mapping[str, Tensor], names: tuple[str, ...]) -> Half:
-    a, b, core = own[names[0]], own[names[1]], own.get(names[2])
-    return Half(a if core is None else a.T, b.T, core)
 
 
 def _lora_names(group: Group) -> tuple[str, str, str]:
