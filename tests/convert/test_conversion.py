@@ -15,7 +15,8 @@ import torch
 from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.convert.written import batch, block, close, loha_factors, write_loha
+from tests.convert.written import batch, block, close, dense, loha_factors, write_loha
+from tests.hub import serve
 from tests.zoo import adapted, mlp, randomize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -275,6 +276,27 @@ def test_convolutions_that_peft_computes_in_another_way(tmp_path, conv, says):
     convert_adapter(tmp_path / "a.safetensors", tmp_path / "b", "fedpara", base=base)
 
 
+def test_layers_that_pefts_loha_lacks(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    base = nn.ModuleDict({"a": nn.Conv3d(4, 5, 3), "b": Conv1D(5, 4), "c": nn.Conv3d(4, 5, 1)})
+    for name, kernel, says in (
+        ("a", (3, 3, 3), "a is a Conv3d"), ("b", (), "b is transformers' Conv1D"),
+        ("c", (), "c is a Conv3d"),
+    ):  # fmt: skip
+        own = loha_factors(5, 4, 2, kernel, generator=g)
+        write_loha(tmp_path / f"{name}.safetensors", {name: own}, {name: 1})
+        with pytest.raises(ConversionError, match=f"{says}, which PEFT's LoHa has no form for"):
+            convert_adapter(tmp_path / f"{name}.safetensors", tmp_path / "x", "loha", base=base)
+        convert_adapter(tmp_path / f"{name}.safetensors", tmp_path / name, "fedpara", base=base)
+        found = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
+        delta = found.base_model.model[name].get_delta_weight("default")
+        wanted = dense(own, 1.0)
+        close(
+            delta.T if name == "b" else delta,
+            wanted.reshape(wanted.shape + delta.shape[wanted.dim() :]),
+        )
+
+
 # The command line.
 
 
@@ -341,6 +363,33 @@ def test_a_file_is_inspected_and_converted_from_the_shell(tmp_path, capsys):
         assert "sshs_model_hash" in out
     with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
         assert json.loads(file.metadata()["fedpara.conversion"])["to"] == "kohya"
+
+
+def test_a_file_on_the_hub(tmp_path):
+    own = loha_factors(4, 5, 2, generator=torch.Generator().manual_seed(0))
+    write_loha(tmp_path / "a.safetensors", {"lora_unet_a": own}, {"lora_unet_a": 1})
+    server = serve()
+    server.files["style.safetensors"] = (tmp_path / "a.safetensors").read_bytes()
+    run = "import sys; from fedpara_peft.cli import main; sys.exit(main())"
+    try:
+        done = [
+            subprocess.run(
+                [sys.executable, "-c", run, *argv], capture_output=True, text=True, timeout=300,
+                env={**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0",
+                     "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")},
+            )
+            for argv in (
+                ["inspect", "me/adapter/style.safetensors"],
+                ["convert", "me/adapter/style.safetensors", tmp_path / "b.safetensors", "--to",
+                 "kohya"],
+            )
+        ]  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    assert "kohya (lora_unet_)" in done[0].stdout
+    assert load_file(tmp_path / "b.safetensors")["lora_unet_a.lora_up.weight"].shape == (4, 4)
 
 
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, capsys):

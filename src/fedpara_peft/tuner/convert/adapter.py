@@ -92,7 +92,8 @@ def convert_adapter(
             ``"lycoris"``: LoHa; ``"fedpara"``: this package's adapter.
         rank: the best LoRA of this rank, in the Frobenius norm, layer by layer; layers whose exact
             form has no more stay exact.
-        tolerance: the best LoRA of the least rank whose relative error is at most this.
+        tolerance: the best LoRA of the least rank whose relative error is at most this, before its
+            factors are rounded to the source's dtype.
         base: the base model: for the dots of underscored names, and for the shapes that a matrix
             of a convolution does not tell. A module, shapes by name, or the path of its weights.
         component: convert this part of a pipeline alone (``"unet"``, ``"text_encoder"``, …).
