@@ -455,10 +455,71 @@ def test_layers_of_other_methods_are_named_and_refused_or_passed_on(tmp_path):
     assert "lora_unet_lo" in done.passed_on
     after = load_file(tmp_path / "c.safetensors")
     assert all(torch.equal(after[key], tensor) for key, tensor in {**state, **others}.items())
+    with pytest.raises(LayoutError, match="emb_params belongs to no layer"):
+        convert_adapter(source, tmp_path / "d", "lora", others="keep", base={"ha": (4, 5)})
+    save_file({k: t for k, t in {**state, **others}.items() if k != "emb_params"}, source)
     with pytest.raises(ConversionError, match="one method"):
         convert_adapter(source, tmp_path / "d", "lora", others="keep", base={
             "ha": (4, 5), "lo": (4, 5)})  # fmt: skip
     assert not (tmp_path / "d").exists()
+
+
+def test_a_file_of_other_methods_alone(tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_file(
+        {"lora_unet_a.lokr_w1": torch.randn(2, 2), "lora_unet_a.lokr_w2": torch.randn(2, 2)}, source
+    )
+    for others in ("refuse", "keep"):
+        with pytest.raises(LayoutError, match="lora_unet_a is a LoKr"):
+            convert_adapter(source, tmp_path / "b.safetensors", "kohya", others=others)
+    save_file({"model.weight": torch.randn(2, 2)}, source)
+    with pytest.raises(LayoutError, match=r"has no LoHa factors in it.*it has model.weight"):
+        convert_adapter(source, tmp_path / "b.safetensors", "kohya", others="keep")
+
+
+def test_factors_of_several_dtypes(tmp_path):
+    """They are brought to the widest; eight bits are refused."""
+    source = tmp_path / "a.safetensors"
+    own = loha_factors(4, 5, 2, (3,), generator=torch.Generator().manual_seed(0))
+    own["hada_w1_a"], own["hada_t2"] = own["hada_w1_a"].half(), own["hada_t2"].bfloat16()
+    write_loha(source, {"lora_unet_a": own}, {"lora_unet_a": 3})
+    convert_adapter(source, tmp_path / "b.safetensors", "kohya")
+    state = load_file(tmp_path / "b.safetensors")
+    up, down = state["lora_unet_a.lora_up.weight"], state["lora_unet_a.lora_down.weight"]
+    close(torch.einsum("mr,rnk->mnk", up[..., 0], down), dense(own, 3.0))
+    own["hada_w1_a"] = own["hada_w1_a"].to(torch.float8_e4m3fn)
+    write_loha(source, {"lora_unet_a": own}, {"lora_unet_a": 3})
+    with pytest.raises(LayoutError, match=r"lora_unet_a.hada_w1_a is torch.float8_e4m3fn: save"):
+        convert_adapter(source, tmp_path / "c.safetensors", "kohya")
+
+
+def test_what_peft_saves_beside_a_loha(tmp_path):
+    """A folder of PEFT's has a place for it; a file has none, and no folder for alien keys."""
+    plain = block()
+    config = LoHaConfig(
+        r=2, target_modules=["to_q"], modules_to_save=["proj_in"], init_weights=False
+    )
+    loha = get_peft_model(copy.deepcopy(plain), config).eval()
+    with torch.no_grad():
+        loha.base_model.model.proj_in.modules_to_save["default"].weight.add_(1)
+    loha.save_pretrained(tmp_path / "loha")
+    for to in ("fedpara", "lora"):
+        convert_adapter(tmp_path / "loha", tmp_path / to, to)
+        close(
+            PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / to).eval()(batch()),
+            loha(batch()),
+        )
+    with pytest.raises(LayoutError, match=r"proj_in.* belongs to no layer"):
+        convert_adapter(tmp_path / "loha", tmp_path / "a.safetensors", "lora", prefix="unet.")
+    # Another file in that folder is not PEFT's.
+    own = loha_factors(4, 5, 2, generator=torch.Generator().manual_seed(0))
+    write_loha(tmp_path / "loha" / "b.safetensors", {"x": own}, {"x": 1})
+    done = convert_adapter(tmp_path / "loha" / "b.safetensors", tmp_path / "c", "lora")
+    assert done.source == "module paths"
+    save_file({**load_file(tmp_path / "loha" / "b.safetensors"), "alien": torch.ones(1)},
+              tmp_path / "d.safetensors")  # fmt: skip
+    with pytest.raises(LayoutError, match="alien belongs to no layer"):
+        convert_adapter(tmp_path / "d.safetensors", tmp_path / "d", "lora", others="keep")
 
 
 def test_a_choice_that_is_none(tmp_path):

@@ -122,7 +122,8 @@ def convert_adapter(
         if isinstance(source, nn.Module):
             opened = ModelSource(source, adapter_name, to, path)
         else:
-            opened = FileSource(source, stack, base, component, to, keep=others == "keep")
+            keep, folder = others == "keep", path.suffix != SUFFIX
+            opened = FileSource(source, stack, base, component, to, keep, folder)
         return _written(opened, path, to, prefix, truncate, progress)
 
 

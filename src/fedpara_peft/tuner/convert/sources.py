@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftType
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from .._peft import FEDPARA as FEDPARA_TYPE
 from ..errors import ConversionError, LayoutError
+from ..layer import factorized_layers
 from ..names import base_names
 from .folder import carried_over, check_target, config_of, rest_of
 from .from_model import model_layers
@@ -110,7 +111,11 @@ class ModelSource(Source):
             writer.add_rest(key, tensor)
 
     def _refuse_missing_local_half(self, config: Any) -> None:
-        local = [layer.halves[i].y for layer in self._layers for i in config.form.local_halves]
+        local = [
+            layer.halves(self._adapter)[i].y
+            for _, layer in factorized_layers(self._model, self._adapter)
+            for i in config.form.local_halves
+        ]
         if local and not any(bool(y.any()) for y in local):
             raise ConversionError(
                 "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) "
@@ -129,9 +134,11 @@ class FileSource(Source):
         component: str | None,
         to: To,
         keep: bool,
+        to_folder: bool,
     ) -> None:
         path, self._to = adapter_path(source), to
-        self._loha = PeftLoHa(path.parent) if (path.parent / CONFIG_NAME).is_file() else None
+        is_peft = path.name == SAFETENSORS_WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file()
+        self._loha = PeftLoHa(path.parent) if is_peft else None
         self._file = stack.enter_context(AdapterFile(path))
         self.layout, self.metadata = self._file.layout, self._file.metadata
         found = self._file.layers
@@ -150,7 +157,9 @@ class FileSource(Source):
         self._read = [x for x in chosen if _is_read(x, to)]
         self._kept = [x for x in chosen if x not in self._read]
         self.passed_on = tuple(x.group.module for x in self._kept)
-        self._check_others(to, keep)
+        # What PEFT saves beside a LoHa has a place in a folder of its, and alien keys have none.
+        takes_rest = self._loha is not None if to_folder else keep
+        self._check_others(to, keep, takes_rest)
         self.settings = {} if self._loha is None else self._loha.settings(to)
         self._base: dict[str, BaseLayer] | None = None if base is None else base_layers(base)
         self.modules = None if self._base is None else set(self._base)
@@ -210,21 +219,20 @@ class FileSource(Source):
         plain = {m: (n if within else n.removeprefix(head), u) for m, (n, u) in names.items()}
         return resolve_names(plain, self._base)
 
-    def _check_others(self, to: To, keep: bool) -> None:
-        rest = () if self._loha is not None and to in METHODS else self._file.rest
-        if keep:
-            return
-        if self._kept:
+    def _check_others(self, to: To, keep: bool, takes_rest: bool) -> None:
+        rest = self._file.rest
+        if self._kept and not (keep and self._read):
             first = self._kept[0].group
             raise LayoutError(
                 f"{first.module} is a {first.method} ({', '.join(first.keys)}), which has no form "
-                f"as {to}; {len(self._kept)} layers are such: pass them on as they are "
-                "(others='keep'), or take them out of the file"
+                f"as {to}; {len(self._kept)} layers are such: convert to a file with "
+                "others='keep', which copies them as they are, or take them out"
             )
-        if rest:
+        if rest and not takes_rest:
             raise LayoutError(
                 f"{rest[0]} belongs to no layer of a known layout ({len(rest)} keys are such): "
-                "pass them on as they are (others='keep'), or take them out of the file"
+                "convert to a file with others='keep', which copies them as they are, or take "
+                "them out"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -116,6 +117,9 @@ class AdapterFile:
         group = layer.group
         assert layer.rank is not None
         own = {factor: self._finite(key) for factor, key in group.keys.items()}
+        dtypes = [f.dtype for name, f in own.items() if name not in (ALPHA, DORA)]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        own |= {name: f.to(dtype) for name, f in own.items() if name not in (ALPHA, DORA)}
         found = self.alpha_of(layer)
         if found is None:
             found = float(layer.rank) if alpha is None else alpha
@@ -220,8 +224,9 @@ class AdapterFile:
 
     def _check_float(self, group: Group, factor: str) -> None:
         dtype = self.tensors[group.keys[factor]].dtype
-        if not dtype.is_floating_point and factor != ALPHA:
-            raise self._wrong(group, factor, f"floating point, not {dtype}")
+        if factor != ALPHA and not (dtype.is_floating_point and dtype.itemsize > 1):
+            key = group.keys[factor]
+            raise LayoutError(f"{key} is {dtype}: save the factors in 16 bits or more")
 
     def _check_dims(self, group: Group, factor: str, dims: int) -> None:
         shape = self._shape(group, factor)
