@@ -365,6 +365,33 @@ def test_a_file_is_inspected_and_converted_from_the_shell(tmp_path, capsys):
         assert json.loads(file.metadata()["fedpara.conversion"])["to"] == "kohya"
 
 
+def test_options_of_the_command(tmp_path, capsys):
+    g = torch.Generator().manual_seed(0)
+    own = loha_factors(20, 15, 3, generator=g)
+    state = write_loha(
+        tmp_path / "a.safetensors", {"diffusion_model.a": own}, {"diffusion_model.a": 1}
+    )
+    save_file({**state, "diffusion_model.b.diff": torch.ones(3)}, tmp_path / "a.safetensors")
+    argv = ["convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "kohya"]
+    status, _, err = told(capsys, *argv, "--tolerance", 0.5)
+    assert status == 2
+    assert "diffusion_model.b is a full diff (diff)" in err
+    status, out, _ = told(
+        capsys, *argv, "--tolerance", 0.5, "--keep-others", "--prefix", "lora_unet_x_"
+    )
+    assert status == 0
+    assert "copied as they are: 1 layer, diffusion_model.b" in out
+    rank, error = re.search(r"^all +(\d+) +([\d.]+)$", out, re.M).groups()
+    assert int(rank) < 9
+    assert 0 < float(error) <= 0.5
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "b.safetensors")} == {
+        "lora_unet_x_a", "lora_unet_x_b",
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        main([str(a) for a in [*argv, "--rank", 3, "--tolerance", 0.5]])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_a_file_on_the_hub(tmp_path):
     own = loha_factors(4, 5, 2, generator=torch.Generator().manual_seed(0))
     write_loha(tmp_path / "a.safetensors", {"lora_unet_a": own}, {"lora_unet_a": 1})

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,7 @@ from tests.convert.written import loha_factors
 
 from fedpara_peft import ConversionError, convert_adapter
 
+BASE = {"down.0.to_q": (6, 5), "conv_1": (4, 3, 3, 2)}
 LAYERS = {"lora_unet_down_0_to_q": (6, 5, 2, ()), "lora_unet_conv_1": (4, 3, 2, (3, 2))}
 FILES, CHUNKS = 10_000, 10
 
@@ -111,10 +113,10 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def refusal(source, target, to):
+def refusal(source, target, to, base):
     """The message, None where the file was converted; any other error is the test's."""
     try:
-        convert_adapter(source, target, to)
+        convert_adapter(source, target, to, base=base)
     except ConversionError as error:  # LayoutError is one
         return str(error)
     return None
@@ -132,11 +134,13 @@ def test_a_damaged_file_is_refused_by_name_and_nothing_is_written(tmp_path, chun
         torch.manual_seed(i)
         data, named = damage(dict(plain), rng)
         source.write_bytes(data)
-        to = rng.choice(["kohya", "lycoris"])
-        error = refusal(source, folder / "b.safetensors", to)
+        to = rng.choice(["kohya", "lycoris", "lora", "fedpara"])
+        is_file = to in ("kohya", "lycoris")
+        target = folder / ("b.safetensors" if is_file else "b")
+        error = refusal(source, target, to, base=None if is_file else BASE)
         if error is None:  # another byte of a name or a number may make another sound file
             assert damage is changed_byte_of_the_header, (damage, named)
-            (folder / "b.safetensors").unlink()
+            target.unlink() if is_file else shutil.rmtree(target)
             continue
         refused += 1
         assert named in error if named is not None else str(source) in error, (damage, error)

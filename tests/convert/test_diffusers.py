@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tests.convert.written import close
 from torch import nn
 
-from fedpara_peft import FedParaConfig, FedParaLayer, convert_adapter
+from fedpara_peft import FedParaConfig, FedParaLayer, convert_adapter, inspect_adapter
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytestmark = pytest.mark.filterwarnings(
@@ -211,3 +211,41 @@ def test_a_loha_file_of_the_unet_by_names_from_its_saved_weights(tmp_path):
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         note = json.loads(file.metadata()["fedpara.conversion"])
     assert note == {"from": "kohya (lora_unet_)", "to": "lora", "rank": 9}
+
+
+def test_a_network_that_lycoris_trains_for_kohyas_scripts(tmp_path):
+    """UNet and text encoder in one file, of LyCORIS's own making; each as its forward pass."""
+    kohya = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is not installed")
+    model, text = seeded(unet), seeded(text_encoder)
+    kohya.LycorisNetworkKohya.apply_preset({
+        "unet_target_module": ["Transformer2DModel", "ResnetBlock2D"],
+        "text_encoder_target_module": ["CLIPAttention", "CLIPMLP"],
+    })  # fmt: skip
+    network = kohya.LycorisNetworkKohya(
+        text, model, lora_dim=3, alpha=2, conv_lora_dim=2, conv_alpha=1, use_tucker=True,
+        network_module="loha",
+    )  # fmt: skip
+    network.apply_to(text, model, True, True)
+    torch.manual_seed(5)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    network.save_weights(str(tmp_path / "a.safetensors"), None, {"ss_output_name": "a style"})
+    g = torch.Generator().manual_seed(3)
+    sample, prompt = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 5, 16, generator=g)
+    ids = torch.randint(3, 50, (2, 6), generator=g)
+    with torch.no_grad():
+        wanted = model(sample, 3, prompt).sample, text(ids).last_hidden_state
+    found = inspect_adapter(tmp_path / "a.safetensors")
+    assert found.layout == "kohya (lora_te_, lora_unet_)"
+    assert {x.method for x in found.layers} == {"LoHa"}
+    assert any(x.has_core for x in found.layers)
+    for to in ("fedpara", "lora"):
+        for component, plain in (("unet", seeded(unet)), ("text_encoder", seeded(text_encoder))):
+            folder = tmp_path / f"{to}-{component}"
+            convert_adapter(tmp_path / "a.safetensors", folder, to, base=plain, component=component)
+            again = PeftModel.from_pretrained(plain, folder).eval()
+            with torch.no_grad():
+                if component == "unet":
+                    close(again(sample, 3, prompt).sample, wanted[0])
+                else:
+                    close(again(ids).last_hidden_state, wanted[1])

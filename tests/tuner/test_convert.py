@@ -177,6 +177,7 @@ def test_convolutions_are_the_same_or_refused(tmp_path, kind, method, save):
     ("build", "says"),
     [
         (lambda: adapted(mlp()), "merge_and_unload"),
+        (lambda: adapted(mlp(), base_weight="seeded"), "base_weight='seeded' has no base weight"),
         (lambda: adapted(mlp(), base_weight="frozen", nonlinearity="tanh"), "tanh has no exact"),
         (lambda: adapted(Net(), base_weight="frozen"), "recurrent layers"),
         (

@@ -132,9 +132,8 @@ def _say(done: Conversion) -> None:
         print(f"{'all'.ljust(width)}  {done.rank:5}         {done.error:14.3g}")
     for what, layers in (("copied as they are", done.passed_on), ("left out", done.left_out)):
         if layers:
-            print(
-                f"{what}: {len(layers)} layers, {', '.join(layers[:3])}{', …' * (len(layers) > 3)}"
-            )
+            plural, more = "s" * (len(layers) > 1), ", …" * (len(layers) > 3)
+            print(f"{what}: {len(layers)} layer{plural}, {', '.join(layers[:3])}{more}")
 
 
 def _from_fedpara(source: Path, config: FedParaConfig, args: argparse.Namespace) -> PeftModel:
