@@ -135,11 +135,12 @@ def test_a_layout_as_lora_is_what_its_writer_computes(tmp_path, layout):
     assert done.error < half
 
 
-@pytest.mark.parametrize("layout", [n for n in LAYOUTS if "LoCon" not in n])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_as_fedpara_is_what_its_writer_computes(tmp_path, layout):
     source, dims, wanted = written(layout, tmp_path)
     done = convert_adapter(source, tmp_path / "ours", "fedpara", base=block(dims))
     assert done.error == 0
+    assert done.config.parameterization == ("lowrank" if "LoCon" in layout else "fedpara")
     again = PeftModel.from_pretrained(block(dims), tmp_path / "ours").eval()
     close(again(batch(dims)), wanted)
     close(again.merge_and_unload()(batch(dims)), wanted)
@@ -354,6 +355,10 @@ def test_parts_of_a_pipeline(tmp_path):
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "te2")
     delta = again.base_model.model["proj_q"].get_delta_weight("default")
     close(delta, dense(layers["lora_te2_proj_q"], 1.5))
+    with pytest.raises(ConversionError, match=r"prefix='x_' is for one part.*component="):
+        convert_adapter(
+            tmp_path / "a.safetensors", tmp_path / "x.safetensors", "kohya", prefix="x_"
+        )
     convert_adapter(tmp_path / "a.safetensors", tmp_path / "all.safetensors", "kohya")
     names = {key.partition(".")[0] for key in load_file(tmp_path / "all.safetensors")}
     assert names == layers.keys()

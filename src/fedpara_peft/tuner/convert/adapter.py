@@ -131,10 +131,16 @@ def _written(
     source: Source, path: Path, to: To, prefix: str | None, truncate: Truncate, progress: bool
 ) -> Conversion:
     writer: FileWriter | FolderWriter
+    several = len(source.components) > 1 and not source.left_out
     if path.suffix == SUFFIX:
+        if several and prefix is not None:
+            raise ConversionError(
+                f"prefix={prefix!r} is for one part, and the file has layers for "
+                f"{sorted(source.components)}: say which with component=…"
+            )
         writer = FileWriter(path, to, prefix, truncate, source.components)
     else:
-        if len(source.components) > 1 and not source.left_out:
+        if several:
             raise ConversionError(
                 f"the file has layers for {sorted(source.components)}, and a folder of PEFT's is "
                 "for one model: say which with component=…"
