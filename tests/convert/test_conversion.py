@@ -204,6 +204,15 @@ def test_a_target_is_replaced_whole_or_not_at_all(tmp_path):
     assert load_file(target)["lora_unet_a.lora_down.weight"].shape == (1, 5)
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+def test_factors_without_values(tmp_path, options):
+    with torch.device("meta"):
+        model = adapted(nn.Sequential(nn.Linear(5, 4)), base_weight="frozen")
+    with pytest.raises(ConversionError, match="on the meta device"):
+        convert_adapter(model, tmp_path / "a", "lora", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_model_trains_beside_its_layers(tmp_path):
     model = randomize(adapted(mlp(norm=False), base_weight="frozen", bias="fedpara_only"))
     with pytest.raises(ConversionError, match=r"bias is trained beside the layers.*to a folder"):

@@ -41,7 +41,8 @@ def model_layers(model: nn.Module, adapter_name: str, to: str) -> Iterator[Layer
             )
         with torch.no_grad():
             method = f"{to}_factors"
-            given = {n: f.detach() for n, f in getattr(layer, method)(adapter_name, name).items()}
+            given = getattr(layer, method)(adapter_name, name)
+            given = {n: _at_hand(factor) for n, factor in given.items()}
             known = getattr(type(layer), method) in [getattr(kind, method) for kind in _KINDS]
             yield _layer(layer, adapter_name, name, None if known else given)
 
@@ -67,7 +68,7 @@ def _layer(
         halves = tuple(loha_half(given, names, len(kernel)) for names in LOHA)
     else:
         halves = tuple(
-            Half(x.detach(), y.detach(), None if t is None else t.detach())
+            Half(_at_hand(x), _at_hand(y), None if t is None else _at_hand(t))
             for x, y, t in layer.halves(adapter_name)
         )
         if layer.zero_row is not None:  # the padding row: nothing is added there
@@ -86,6 +87,13 @@ def _layer(
         embedding=embedding,
         transposed=layer.transposed,
     )
+
+
+def _at_hand(factor: Tensor) -> Tensor:
+    """A factor's values, on a device that has float64."""
+    if factor.is_meta:
+        raise ConversionError("the adapter is on the meta device, which holds no values: load one")
+    return factor.detach() if factor.device.type in ("cpu", "cuda") else factor.detach().cpu()
 
 
 def _lora_pair(name: str, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
