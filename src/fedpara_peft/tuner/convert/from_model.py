@@ -72,9 +72,8 @@ def _layer(
             for x, y, t in layer.halves(adapter_name)
         )
         if layer.zero_row is not None:  # the padding row: nothing is added there
-            x = halves[0].x.clone()
-            x[layer.zero_row] = 0
-            halves = (halves[0]._replace(x=x), *halves[1:])
+            row = torch.tensor([layer.zero_row], device=halves[0].x.device)
+            halves = tuple(half._replace(x=half.x.index_fill(0, row, 0)) for half in halves)
     return Layer(
         name=name,
         component="",

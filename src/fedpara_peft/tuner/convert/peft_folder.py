@@ -60,7 +60,7 @@ class PeftLoHa:
                 f"{sorted(loha.rank_pattern or {})} that matches, by which PEFT goes: it does not "
                 "load this LoHa either; save it with patterns that do not overlap"
             )
-        return float(_first_of(loha.alpha_pattern, name, loha.alpha))
+        return _first_of(loha.alpha_pattern, name, loha.alpha)
 
     def settings(self, to: str) -> dict[str, Any]:
         """What the converted adapter's configuration takes over."""
