@@ -76,6 +76,7 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/client_step.py
 	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/truncation.py
 
 bench-mnist: $(TESTS)  ## Measure codecs on MNIST; MNIST=folder or Hub id
 	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(MNIST),ylecun/mnist)

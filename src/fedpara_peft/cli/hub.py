@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from ..tuner.convert.layouts.source import AdapterFile
+from ..tuner.errors import LayoutError
 from .errors import CommandError
 
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -135,6 +138,61 @@ def adapter_folder(adapter: str) -> Path:
             f"{adapter} has a {SAFETENSORS_WEIGHTS_NAME} that is none ({error}): save or fetch it "
             "again"
         ) from None
+
+
+def adapter_source(adapter: str) -> Path:
+    """Where an adapter is: a folder of PEFT's, or a file of adapters, which a folder or a
+    repository of the Hub (``owner/name/file.safetensors``) may hold.
+
+    Raises:
+        CommandError: there is no adapter there.
+    """
+    path = Path(adapter)
+    if path.is_file():
+        return path
+    owner, _, rest = adapter.partition("/")
+    name, _, file = rest.partition("/")
+    if file.endswith(".safetensors") and not path.parent.is_dir():
+        with _explained(adapter, "ADAPTER"):
+            return Path(hf_hub_download(f"{owner}/{name}", file))
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        files = list(path.glob("*.safetensors"))
+        if len(files) == 1 and holds_adapters(files[0]):
+            return files[0]
+    return adapter_folder(adapter)
+
+
+def holds_adapters(path: Path) -> bool:
+    """Whether a file has layers of adapters in it; one that is damaged has."""
+    try:
+        with AdapterFile(path) as file:
+            return bool(file.layers)
+    except LayoutError:
+        return True
+
+
+def base_of(model: str, option: str) -> nn.Module | Path:
+    """What names and shapes of a base model's modules are taken from.
+
+    A transformers model is built without weights; of any other the headers of its weights are read.
+
+    Args:
+        model: folder, ``config.json``, ``.safetensors`` file, or Hub id.
+        option: the argument it was given as, for the error.
+    """
+    path = Path(model)
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
+    if path.is_dir() and any(path.glob("*.safetensors")) and not _is_transformers(path):
+        return path
+    return empty_model(load_model_config(model, option))
+
+
+def _is_transformers(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def adapter_config(folder: Path) -> Any:

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 
 from ..comm.ledger import shown_bytes
 from ..comm.state import LOCAL_WEIGHTS_NAME
 from ..tuner._peft import WRAPPER_PREFIX
 from ..tuner.config import FedParaConfig
+from ..tuner.convert import inspect_adapter
+from ..tuner.convert.layouts.keys import METHODS
+from ..tuner.convert.layouts.stream import TensorFile, TensorInfo
 from ..tuner.layer import FACTOR_CONTAINER
 from .arguments import new_parser
-from .hub import adapter_config, adapter_folder
+from .hub import adapter_config, adapter_source
 
 _EXAMPLES = """\
 examples:
   fedpara inspect ./adapter
   fedpara inspect me/my-adapter        # on the Hub
+  fedpara inspect style.safetensors    # of kohya, LyCORIS, ComfyUI, diffusers, …
 
 Only the file's header is read: nothing is loaded, no base model is needed.
 """
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-#: What LoRA and LoHa call their factors.
+#: What PEFT's LoRA and LoHa call their factors.
 _FACTORS = {
     *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
-    *(f"hada_{factor}" for factor in ("w1_a", "w1_b", "t1", "w2_a", "w2_b", "t2")),
+    *METHODS["LoHa"],
 }
+#: Of a trainer's many notes those that say what it is.
+_SHOWN = {
+    "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha",
+    "ss_network_args", "ss_output_name", "ss_sd_model_name",
+}  # fmt: skip
 _DEFAULTS = FedParaConfig(target_modules=["x"])
 
 
@@ -39,12 +47,15 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands, "inspect", "show what an adapter holds and what it lacks", _EXAMPLES, run
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder, .safetensors file or Hub id")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print configuration, layers, sizes, and what is missing."""
-    folder = adapter_folder(args.adapter)
+    folder = adapter_source(args.adapter)
+    if folder.is_file():
+        _show_file(args.adapter, folder)
+        return
     config = adapter_config(folder)
     tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     print(f"{args.adapter}: {getattr(config.peft_type, 'value', config.peft_type)}")
@@ -57,19 +68,53 @@ def run(args: argparse.Namespace) -> None:
     for layer, own in grouped.items():
         rows.append((layer, _rank(own), str(len(own)), *_sizes(own)))
     rows.append(("total", "", str(len(tensors)), *_sizes(tensors)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells]))
+    _print_table(rows)
     for note in _notes(config, folder):
         print(f"\n{note}")
 
 
-def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def _show_file(name: str, path: Path) -> None:
+    """A file of adapters, whoever wrote it."""
+    found = inspect_adapter(path)
+    methods = Counter(layer.method for layer in found.layers)
+    print(f"{name}: {found.layout}")
+    print(f"layers: {', '.join(f'{n} x {method}' for method, n in methods.items()) or 'none'}")
+    for key in sorted(found.metadata):
+        if not key.startswith("ss_") or key in _SHOWN:
+            value = " ".join(found.metadata[key].split())
+            print(f"{key}: {value[:96]}{'…' * (len(value) > 96)}")
+    print()
+    rows = [("layer", "method", "r", "alpha", "shape", "values", "bytes")]
+    for x in found.layers:
+        rows.append(
+            (
+                x.module,
+                x.method + " Tucker" * x.has_core + " + DoRA" * x.weight_decomposed,
+                "-" if x.rank is None else str(x.rank),
+                "-" if x.alpha is None else f"{x.alpha:g}",
+                " x ".join(map(str, x.shape)) or "-",
+                f"{x.num_values:,}",
+                shown_bytes(x.num_bytes),
+            )
+        )
+    values, size = (sum(getattr(x, of) for x in found.layers) for of in ("num_values", "num_bytes"))
+    rows.append(("total", "", "", "", "", f"{values:,}", shown_bytes(size)))
+    _print_table(rows)
+    if found.rest:
+        print(f"\nno layer's: {_listed(found.rest)}")
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells]))
+
+
+def _tensors(path: Path) -> dict[str, TensorInfo]:
     """Shape and dtype of every tensor."""
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    with TensorFile(path) as file:
+        return file.tensors
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -102,12 +147,12 @@ def _listed(value: Any) -> str:
 
 
 def _by_layer(
-    tensors: Mapping[str, tuple[tuple[int, ...], str]],
-) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+    tensors: Mapping[str, TensorInfo],
+) -> dict[str, dict[str, TensorInfo]]:
     """The tensors by the module they belong to."""
     split = {name: _split(name.removeprefix(WRAPPER_PREFIX)) for name in tensors}
     adapted = {layer for layer, own in split.values() if _is_factor(own.partition(".")[0])}
-    grouped: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
+    grouped: dict[str, dict[str, TensorInfo]] = {}
     for name, (layer, own) in split.items():
         # What an adapter saves of the layer that it wraps, its bias, belongs to that layer.
         wrapped = layer.removesuffix(".base_layer")
@@ -127,23 +172,18 @@ def _is_factor(name: str) -> bool:
     return name in _FACTORS or FACTOR_CONTAINER.fullmatch(name) is not None
 
 
-def _rank(own: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
+def _rank(own: Mapping[str, TensorInfo]) -> str:
     """Inner ranks of a layer's factors, from their shapes."""
     outer = {name for name in own if FACTOR_CONTAINER.match(name) and "_x" in name}
-    shapes = [own[name][0] for name in outer]
-    ranks = {shape[-1] for shape in shapes if shape}
+    ranks = {own[name].shape[-1] for name in outer if own[name].shape}
+    first = {"hada_w1_b", "hada_w2_b", "lora_A.weight", "lora_embedding_A"}
+    ranks |= {own[name].shape[0] for name in first & own.keys() if own[name].shape}
     return ", ".join(map(str, sorted(ranks))) or "-"
 
 
-def _sizes(own: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[str, str]:
-    values, num_bytes = 0, 0
-    for shape, dtype in own.values():
-        count = 1
-        for size in shape:
-            count *= size
-        values += count
-        num_bytes += count * _BYTES.get(dtype, 1)
-    return f"{values:,}", shown_bytes(num_bytes)
+def _sizes(own: Mapping[str, TensorInfo]) -> tuple[str, str]:
+    values = sum(info.num_values for info in own.values())
+    return f"{values:,}", shown_bytes(sum(info.num_bytes for info in own.values()))
 
 
 def _notes(config: Any, folder: Path) -> list[str]:

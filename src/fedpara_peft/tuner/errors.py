@@ -37,3 +37,7 @@ class CheckpointError(FedParaError, ValueError):
 
 class ConversionError(FedParaError, ValueError):
     """An adapter has no exact form in the other method."""
+
+
+class LayoutError(ConversionError):
+    """A file of adapters holds what no layout that is known has; the message names the key."""

@@ -1,25 +1,21 @@
-"""What conversions share: the adapter to convert, and the folder that is written."""
+"""What conversions share: the adapter to convert, and what is already in the target."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftType, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from .._peft import is_key_under_prefixes
 from ..config import FedParaConfig
 from ..errors import ConversionError
 from ..layer import factorized_layers
-from ..names import base_names, saved_name
+from ..names import saved_name
 
 
 def config_of(
@@ -30,8 +26,7 @@ def config_of(
         given = ", ".join(type(a).__name__ for a in (model, folder, adapter_name))
         raise ConversionError(
             f"{called}(model, folder, adapter_name='default') was given ({given}): the model goes "
-            "first, and no rank, for the conversion is exact; peft.save_as_lora(path, model, rank) "
-            "approximates"
+            "first, and a rank by its name; peft.save_as_lora takes (path, model, rank)"
         )
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
@@ -45,19 +40,6 @@ def config_of(
             "to: merge_and_unload() gives the plain model"
         )
     return config
-
-
-def targets_of(model: nn.Module, names: Collection[str]) -> list[str] | str:
-    """``target_modules`` that match these layers and no others.
-
-    PEFT takes a listed name for every layer whose name ends in it. Where that is one layer too
-    many, the names become a regex, which PEFT matches whole.
-    """
-    others = set(base_names(model).values()).difference(names)
-    endings = tuple(f".{name}" for name in names)
-    if any(name.endswith(endings) for name in others):
-        return "|".join(re.escape(name) for name in sorted(names))
-    return sorted(names)
 
 
 def carried_over(config: Any) -> dict[str, Any]:
@@ -79,17 +61,6 @@ def rest_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         for container in layer.adapter_layer_names
     }
     return {k: v for k, v in state.items() if not is_key_under_prefixes(k, factors)}
-
-
-def write_adapter(folder: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
-    """Write an adapter's two files; safetensors takes contiguous tensors that share no memory."""
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ConversionError("the adapter is on the meta device, which holds no values: load one")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(path)
-    own = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
-    save_file(own, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def check_target(folder: str | os.PathLike[str], method: PeftType) -> None:

@@ -1,35 +1,39 @@
-"""Exact conversion of FedPara adapters to LoRA."""
+"""Conversion of FedPara adapters to LoRA, exactly or at a rank."""
 
 from __future__ import annotations
 
 import os
+from typing import cast
 
-import torch
-from peft import LoraConfig, PeftType
-from torch import Tensor, nn
+from peft import LoraConfig
+from torch import nn
 
-from ...maths.apply import has_low_rank_form
-from .._peft import WRAPPER_PREFIX
-from ..errors import ConversionError
-from ..layer import factorized_layers
-from ..names import base_names, exact_pattern
-from .folder import carried_over, check_target, config_of, rest_of, targets_of, write_adapter
+from .adapter import convert_adapter
+from .folder import config_of
 
 
 def save_as_lora(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default"
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
 ) -> LoraConfig:
-    """Write an adapter as the PEFT LoRA that it exactly is.
+    """Write an adapter as the PEFT LoRA that it exactly is, or as the best one of a rank.
 
         FedPara of rank r is a LoRA of rank r², pFedPara one of r² + r, low-rank one of r.
 
     The folder needs neither this package nor the factors: any LoRA server loads it. A pFedPara
     adapter is written as the personal model, with its local half in it: it is private.
+    :func:`~.adapter.convert_adapter` does the same and says the error of each layer.
 
     Args:
         model: a model with FedPara adapters over a frozen base.
         folder: where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: the adapter.
+        rank: the best LoRA of this rank, layer by layer; None: the exact one.
+        tolerance: the best LoRA of the least rank whose relative error is at most this.
 
     Returns:
         The LoRA's configuration.
@@ -39,41 +43,8 @@ def save_as_lora(
             missing, the folder holds another method's adapter, or a layer is of a kind that LoRA
             lacks (recurrent; a convolution with groups, dilation or a padding mode).
     """
-    config = config_of(model, folder, adapter_name, "save_as_lora")
-    check_target(folder, PeftType.LORA)
-    state: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    transposed = []
-    local_halves = []
-    plain = base_names(model)
-    for module_name, layer in factorized_layers(model, adapter_name):
-        name, spec = plain[module_name], layer.specs[adapter_name]
-        if not has_low_rank_form(spec.nonlinearity):
-            raise ConversionError(
-                f"{name}: tanh has no exact low-rank form; use merge_and_unload() instead"
-            )
-        with torch.no_grad():
-            factors = layer.lora_factors(adapter_name, name)
-        for half in spec.form.local_halves:
-            local_halves.append(layer.halves(adapter_name)[half].y)
-        ranks[name] = next(iter(factors.values())).shape[0]
-        state.update({f"{WRAPPER_PREFIX}{name}.{n}": f for n, f in factors.items()})
-        transposed.append(layer.transposed)
-    if local_halves and not any(bool(y.any()) for y in local_halves):
-        raise ConversionError(
-            "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) first"
-        )
-    rank = max(ranks.values())
-    patterns = {exact_pattern(n): r for n, r in ranks.items() if r != rank}
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=dict(patterns),
-        alpha_pattern=dict(patterns),
-        target_modules=targets_of(model, ranks),
-        bias={"fedpara_only": "lora_only"}.get(config.bias, config.bias),
-        fan_in_fan_out=any(transposed),
-        **carried_over(config),
+    config_of(model, folder, adapter_name, "save_as_lora")
+    done = convert_adapter(
+        model, folder, "lora", rank=rank, tolerance=tolerance, adapter_name=adapter_name
     )
-    write_adapter(folder, lora, {**state, **rest_of(model, adapter_name)})
-    return lora
+    return cast(LoraConfig, done.config)
