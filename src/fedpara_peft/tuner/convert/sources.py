@@ -112,11 +112,12 @@ class ModelSource(Source):
 
     def _refuse_missing_local_half(self, config: Any) -> None:
         local = [
-            layer.halves(self._adapter)[i].y
+            layer.halves(self._adapter)[i]
             for _, layer in factorized_layers(self._model, self._adapter)
             for i in config.form.local_halves
         ]
-        if local and not any(bool(y.any()) for y in local):
+        # Whichever factor a start has set to zero, the half is zero.
+        if local and not any(bool(half.x.any()) and bool(half.y.any()) for half in local):
             raise ConversionError(
                 "the adapter has no personal half (W₂ = 0 everywhere): load_local(model, folder) "
                 "first"
