@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..tuner.convert.layouts.source import AdapterFile
 from ..tuner.errors import LayoutError
+from ..tuner.layer import factorized_layers
 from .errors import CommandError
 
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -217,8 +218,15 @@ def keys_that_differ(model: nn.Module, folder: Path) -> list[str]:
 
 
 def give_memory_to_trained(model: nn.Module) -> None:
-    """Replace what an adapter trains on the ``meta`` device by NaN in main memory."""
+    """Replace what an adapter trains on the ``meta`` device by NaN in main memory.
+
+    Local halves, which no adapter's file holds, become neutral.
+    """
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if p.is_meta and p.requires_grad:
                 setattr(module, name, nn.Parameter(torch.full_like(p, torch.nan, device="cpu")))
+    for _, layer in factorized_layers(model):
+        for adapter_name, spec in layer.specs.items():
+            if spec.form.local_halves:
+                layer.reset_local_half(adapter_name)
