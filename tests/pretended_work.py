@@ -1,4 +1,4 @@
-"""Work for a queue of training runs: pretends to train, round by round, as the cells' seeds say."""
+"""Work for a queue of training runs: pretends to train, round by round; some seeds misbehave."""
 
 import os
 import time
@@ -7,8 +7,8 @@ ROUNDS = 4
 HANGS, DIES, RAISES = 7, 8, 9
 
 
-def work(cell, folder, log, best=0.1, round_s=0.0):
-    """Accuracy is highest at the rate ``best``; every round is a line of the log."""
+def work(cell, folder, log, round_s=0.0):
+    """Accuracy is highest at a rate of 0.1; every round is a line of the log."""
     if cell.seed == DIES:
         os._exit(3)
     if cell.seed == RAISES:
@@ -21,4 +21,4 @@ def work(cell, folder, log, best=0.1, round_s=0.0):
             file.write(f"{cell.seed} {cell.learning_rate} {rounds}\n")
         with done.open("a") as file:
             file.write(".")
-    return {"accuracy": 1 - abs(cell.learning_rate - best), "diverged": False}
+    return {"accuracy": 1 - abs(cell.learning_rate - 0.1), "diverged": False}

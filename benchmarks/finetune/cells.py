@@ -51,28 +51,31 @@ SCALES = {
 #: Rates that tuning begins with; LoRA's usual ones are among AdamW's.
 GRIDS = {"adamw": (3e-4, 1e-3, 3e-3), "sgd": (0.1, 0.3, 1.0)}
 
-#: A configuration for a rank and targets, by the adapter's name. The first trains nothing.
+ZERO_Y = " with Y₂ = 0 for X₂"
+EQUAL = "FedPara, factors of one variance"
+#: A configuration for a rank and targets, by the adapter's name. The first trains nothing; those
+#: with a start of this benchmark's own (see ``starts.py``) come last.
 ADAPTERS: dict[str, Any] = {
     "frozen": None,
     "LoRA": lambda r, t: LoraConfig(r=2 * r, lora_alpha=2 * r, target_modules=t),
-    "FedPara": lambda r, t: FedParaConfig(r=r, alpha=r, target_modules=t),
+    "FedPara": lambda r, t: _fedpara(r, t),
     "LoHa": lambda r, t: LoHaConfig(r=r, alpha=r, target_modules=t),
     "rsLoRA": lambda r, t: LoraConfig(r=2 * r, lora_alpha=2 * r, use_rslora=True, target_modules=t),
-    "FedPara, LoHa's start": lambda r, t: FedParaConfig(
-        r=r, alpha=r, init_weights="loha", target_modules=t
-    ),
-    "FedPara, LyCORIS's start": lambda r, t: FedParaConfig(
-        r=r, alpha=r, init_weights="lycoris", target_modules=t
-    ),
-    "FedPara, ABBA's start": lambda r, t: FedParaConfig(
-        r=r, alpha=r, init_weights="abba", target_modules=t
-    ),
-    "FedPara, rank-stabilized": lambda r, t: FedParaConfig(
-        r=r, alpha=r, use_rslora=True, target_modules=t
-    ),
+    "FedPara, rank-stabilized": lambda r, t: _fedpara(r, t, use_rslora=True),
+    "FedPara, LoHa's start": lambda r, t: _fedpara(r, t, init_weights="loha"),
+    "FedPara, LyCORIS's start": lambda r, t: _fedpara(r, t, init_weights="lycoris"),
+    "FedPara, ABBA's start": lambda r, t: _fedpara(r, t, init_weights="abba"),
+    EQUAL: lambda r, t: _fedpara(r, t),
+    f"{EQUAL}, rank-stabilized": lambda r, t: _fedpara(r, t, use_rslora=True),
+    f"FedPara, LyCORIS's start{ZERO_Y}": lambda r, t: _fedpara(r, t, init_weights="lycoris"),
+    f"FedPara, ABBA's start{ZERO_Y}": lambda r, t: _fedpara(r, t, init_weights="abba"),
 }
 #: Those that are trained by plain SGD as well.
-WITH_SGD = ("LoRA", "FedPara", "LoHa")
+WITH_SGD = ("LoRA", "FedPara", "LoHa", EQUAL)
+
+
+def _fedpara(r: int, targets: Any, **given: Any) -> FedParaConfig:
+    return FedParaConfig(r=r, alpha=r, target_modules=targets, **given)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Tune:
         return True
 
     def tuning(self, rates: Sequence[float]) -> list[Tune]:
-        """Shorter runs of another seed."""
+        """Runs of another seed."""
         base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds)
         return [replace(base, learning_rate=rate) for rate in rates]
 
@@ -135,12 +138,13 @@ class Tune:
 
 
 def wanted(scale: str, texts: Sequence[str], adapters: Sequence[str]) -> list[Tune]:
-    """The runs of the tables, the most telling first."""
+    """The runs of the tables, the most telling first: as long as those that tuned, then longer."""
     return [
-        Tune(text, adapter, scale, optim, seed=seed)
+        Tune(text, adapter, scale, optim, rounds, seed=seed)
+        for rounds in (SCALES[scale].tuning_rounds, None)
         for optim in GRIDS
         for text in texts
         for adapter in adapters
-        if optim == "adamw" or adapter in WITH_SGD
+        if optim == "adamw" or (adapter in WITH_SGD and rounds)
         for seed in (SEEDS if adapter != "frozen" else SEEDS[:1])
     ]

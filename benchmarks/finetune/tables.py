@@ -30,8 +30,8 @@ def write(results: Results[Tune]) -> None:
     intro = (
         "# Fine-tuning a language model: adapters of equal size\n\n"
         "SmolLM2-135M-Instruct (dequantized from Q4_1), frozen; adapters in all linear layers, or "
-        "where said so in some; every method's learning rate is tuned by the same rule: shorter "
-        "runs of another seed over a grid that grows at an end where the best lies. Loss: mean "
+        "where said so in some; every method's learning rate is tuned by the same rule: runs "
+        "of another seed over a grid that grows at an end where the best lies. Loss: mean "
         "over the tokens of all clients' held-out text, ± standard deviation of the seeds.\n"
     )
     (RESULTS.parent / "finetune.md").write_text(intro + "\n" + "\n\n".join(parts) + "\n")
@@ -45,25 +45,34 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         for adapter in ADAPTERS
         if optim == "adamw" or adapter in WITH_SGD
     ]
-    lines = []
+    of = kinds[0].of
+    trained = [kind for kind in kinds if kind.adapter != "frozen"]
+    lengths = {
+        of.num_rounds if rounds is None else rounds: rounds
+        for rounds in (of.tuning_rounds, None)
+        if any(found(results, replace(kind, rounds=rounds)) for kind in trained)
+    }
+    lines, absent = [], []
     some: dict[str, Any] = {}
     for kind in kinds:
-        if not (rows := found(results, kind)):
+        runs = [found(results, replace(kind, rounds=rounds)) for rounds in lengths.values()]
+        if not any(runs):
+            absent.append(f"{kind.adapter} ({kind.optim})")
             continue
-        some = rows[0]
-        frozen = kind.adapter == "frozen"
+        some = next(rows[0] for rows in reversed(runs) if rows)
+        if kind.adapter == "frozen":
+            lines.append([kind.adapter, "", "", *[shown(some), ""] * len(lengths), ""])
+            continue
         tuned = results.tuned(kind)
         assert tuned is not None
+        a_round = some["bytes"] / some["curve"][-1][0]
+        cells = [part for rows in runs for part in (losses(rows), ", ".join(map(shown, rows)))]
         lines.append([
-            kind.adapter if frozen else f"{kind.adapter}, {kind.optim}",
-            "" if frozen else f"{some['parameters']:,}",
-            "" if frozen else f"{some['bytes'] / 1e6:,.1f}",
-            losses(rows), ", ".join(shown(row) for row in rows),
-            "" if frozen else f"{tuned.learning_rate:g}",
+            f"{kind.adapter}, {kind.optim}", f"{some['parameters']:,}", f"{a_round / 1e6:,.1f}",
+            *cells, f"{tuned.learning_rate:g}",
         ])  # fmt: skip
     if not lines:
         return ""
-    of = kinds[0].of
     targets = "all linear layers" if of.targets == "all-linear" else ", ".join(of.targets)
     train, held_out = some["examples"]
     versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
@@ -71,15 +80,16 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         f"`python benchmarks/finetune/run.py --scale {scale} --texts {text}`\n\n"
         f"{some['hardware']}, {versions}\n\n"
         f"{of.num_clients} clients with {train:,} examples of {of.length} tokens, {held_out:,} "
-        f"held out; {of.clients_per_round} a round, {of.num_rounds} rounds (tuning: "
-        f"{of.tuning_rounds}), {of.num_local_epochs} local epochs, batch {of.batch_size}; "
-        f"r = {of.r} in {targets}; rates rise for a round and fall to nothing; gradients clipped "
-        "at norm 1."
+        f"held out; {of.clients_per_round} a round, {of.num_rounds} rounds, "
+        f"{of.tuning_rounds} in tuning; {of.num_local_epochs} local epochs, "
+        f"batch {of.batch_size}; r = {of.r} in {targets}; rates rise for a round and fall to "
+        "nothing; gradients clipped at norm 1."
     )
-    head = ["adapter", "parameters", "MB sent", "held-out loss", "every seed's", "rate"]
-    return "\n\n".join(
-        [f"## {text}: {ABOUT[text]}", setting, table(head, lines), tuning(results, kinds)]
-    )
+    by_length = [name for n in lengths for name in (f"loss, {n} rounds", "every seed's")]
+    head = ["adapter", "parameters", "MB a round", *by_length, "rate"]
+    not_run = f"Not run: {'; '.join(absent)}." if absent else ""
+    parts = [f"## {text}: {ABOUT[text]}", setting, table(head, lines), not_run]
+    return "\n\n".join(part for part in [*parts, tuning(results, kinds)] if part)
 
 
 def tuning(results: Results[Tune], kinds: list[Tune]) -> str:

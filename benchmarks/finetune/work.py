@@ -19,6 +19,7 @@ from fedpara_peft.federation.errors import RoundError
 
 from .base import load
 from .cells import ADAPTERS, Tune
+from .starts import start
 
 
 def work(cell: Tune, folder: Path, source: str) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def adapted(base: nn.Module, cell: Tune) -> nn.Module:
     make = ADAPTERS["LoRA" if cell.adapter == "frozen" else cell.adapter]
     config = make(cell.of.r, targets if isinstance(targets, str) else list(targets))
     config.task_type = "CAUSAL_LM"  # "all-linear" leaves the head out then
-    return get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base), config)
+    start(model, cell.adapter)
+    return model
 
 
 def loss(model: nn.Module, batch: Any) -> tuple[Tensor, None, int]:

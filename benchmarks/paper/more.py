@@ -34,8 +34,15 @@ def all_seeds(kinds: Callable[[str, str], list[Cell]]) -> Callable[[str, str], l
 
 
 def _compared(
-    results: Results, kinds: list[Cell], label: Callable[[Cell], str], remark: str
+    results: Results,
+    kinds: list[Cell],
+    label: Callable[[Cell], str],
+    remark: str,
+    tuned: bool = False,
 ) -> str:
+    """A table of kinds, and of their tuning; empty if nothing but table 2's was run."""
+    if not any(found(results, k) for k in kinds if k.variant or k.optim != "sgd"):
+        return ""
     lines = []
     for kind in kinds:
         if rows := found(results, kind):
@@ -46,7 +53,8 @@ def _compared(
                           rate(results, kind)])  # fmt: skip
     head = ["model", "parameters", "MB sent", "accuracy, %", "every seed's", "training loss",
             "rate"]  # fmt: skip
-    return f"{table(head, lines)}\n\nIID. {remark}"
+    text = f"{table(head, lines)}\n\nIID. {remark}"
+    return f"{text}\n\n{tuned_over(results, kinds, label)}" if tuned else text
 
 
 def optimizer_kinds(scale: str, task: str) -> list[Cell]:
@@ -65,14 +73,12 @@ def _with_optimizer(cell: Cell) -> str:
 
 def optimizers(scale: str, task: str, results: Results) -> str:
     """Accuracy by the clients' optimizer."""
-    kinds = optimizer_kinds(scale, task)
-    compared = _compared(
-        results, kinds, _with_optimizer,
+    return _compared(
+        results, optimizer_kinds(scale, task), _with_optimizer,
         "Every rate is tuned for its method and optimizer, by the same rule. Muon is for matrices "
         "(factors, recurrent weights): a dense kernel, and a factorized kernel's core, AdamW "
-        "trains. Where the state is not kept, a client's moments begin anew in every round.",
+        "trains. Where the state is not kept, a client's moments begin anew in every round.", True,
     )  # fmt: skip
-    return f"{compared}\n\n{tuned_over(results, kinds, _with_optimizer)}"
 
 
 def response_kinds(scale: str, task: str) -> list[Cell]:
@@ -86,10 +92,8 @@ def _with_variant(cell: Cell) -> str:
 
 def responses(scale: str, task: str, results: Results) -> str:
     """Accuracy by response."""
-    kinds = response_kinds(scale, task)
-    compared = _compared(results, kinds, _with_variant,
-                         "As it is the response is 1; every rate is tuned.")  # fmt: skip
-    return f"{compared}\n\n{tuned_over(results, kinds, _with_variant)}"
+    return _compared(results, response_kinds(scale, task), _with_variant,
+                     "As it is the response is 1; every rate is tuned.", True)  # fmt: skip
 
 
 def decay_kinds(scale: str, task: str) -> list[Cell]:
@@ -137,13 +141,17 @@ def unclipped(scale: str, task: str, results: Results) -> str:
         rows = unclipped_rows(results, kind)
         if rows:
             fell = sum(collapsed(row) for row in rows)
-            worst = min(row["accuracy"] for row in rows)
+            accuracies = [row["accuracy"] for row in rows]
+            worst, middle = min(accuracies), statistics.median(accuracies)
+            stuck = sum(accuracy < middle / 2 for accuracy in accuracies)
             refused = sum(row["refused"] for row in rows)
             lines.append([LABELS[kind.method], f"{rows[0]['parameters']:,}", str(len(rows)),
-                          str(fell), str(refused), percent(rows), f"{100 * worst:.1f}",
+                          str(fell), str(stuck), str(refused), percent(rows), f"{100 * worst:.1f}",
                           rate(results, kind)])  # fmt: skip
-    head = ["model", "parameters", "runs", "collapsed", "updates refused", "accuracy, %",
-            "worst run's", "rate"]  # fmt: skip
+    if not lines:
+        return ""
+    head = ["model", "parameters", "runs", "collapsed", "below half the median", "updates refused",
+            "accuracy, %", "worst run's", "rate"]  # fmt: skip
     tuned = tuned_over(results, kinds, lambda cell: LABELS[cell.method])
     return (
         f"{table(head, lines)}\n\nIID, {kinds[0].of.num_rounds} rounds at a "

@@ -24,8 +24,8 @@ def accuracy_for_bytes(curves: list[tuple[str, str, str, Points]], path: Path, t
     for label, method, split, points in curves:
         color, stroke = STROKES[method]
         axes.plot(
-            [x for x, _ in points], [100 * y for _, y in points], stroke, color=color, label=label,
-            marker=MARKERS.get(split, "^"), markersize=4,
+            [x for x, _ in points], [100 * y for _, y in points], linestyle=stroke, color=color,
+            label=label, marker=MARKERS.get(split, "^"), markersize=4,
             markerfacecolor=color if split == "iid" else "white", linewidth=1.3,
         )  # fmt: skip
     axes.set(xscale="log", xlabel="sent, up and down (MB, logarithmic)",

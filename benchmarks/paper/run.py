@@ -82,8 +82,8 @@ def show(results: Results, scale: str, task: str) -> None:
         return
     text = f"# {task}, {scale} scale\n\n{describe(scale, task, results)}\n"
     for found in TABLES.values():
-        if task in found.tasks.get(scale, ()):
-            text += f"\n## {found.title}\n\n{found.show(scale, task, results)}\n"
+        if task in found.tasks.get(scale, ()) and (shown := found.show(scale, task, results)):
+            text += f"\n## {found.title}\n\n{shown}\n"
     (RESULTS / f"{scale}-{task}.md").write_text(text)
 
 

@@ -59,9 +59,7 @@ def one_seed(results: Results, cells: list[Cell]) -> list[tuple[Cell, dict[str, 
 
 def splits(task: str) -> tuple[str, ...]:
     """The divisions of a task's data."""
-    return {"shakespeare": ("iid", "role"), "cifar10-vgg16": ("iid",)}.get(
-        task, ("iid", "dirichlet")
-    )
+    return ("iid", "role" if task == "shakespeare" else "dirichlet")
 
 
 def each(rows: Rows) -> str:
@@ -99,9 +97,9 @@ def equal_size(scale: str, task: str, results: Results) -> str:
             continue
         gamma = "" if cell.method == "dense" else f", γ = {cell.gamma:g}"
         lines.append([f"{cell.split}, {LABELS[cell.method]}{gamma}", f"{rows[0]['parameters']:,}",
-                      f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), each(rows),
-                      rate(results, cell)])  # fmt: skip
-    head = ["split, model", "parameters", "MB sent", "accuracy, %", "every seed's", "rate"]
+                      f"{rows[0]['bytes'] / 1e6:,.1f}", percent(rows), str(len(rows)),
+                      each(rows), rate(results, cell)])  # fmt: skip
+    head = ["split, model", "parameters", "MB sent", "accuracy, %", "seeds", "every seed's", "rate"]
     return table(head, lines)
 
 
