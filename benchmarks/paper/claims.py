@@ -22,6 +22,7 @@ from findings import (
 )
 from report import table
 from tables import LABELS
+from why import why
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def write_results(results: Results) -> None:
             lines.append([claim.says, claim.paper, f"{scale}: {here}" if scale else here, same,
                           f"`python {claim.command}`{where}", claim.why])  # fmt: skip
     head = ["claim", "the paper", "here", "same", "command", "remark"]
-    text = PREFACE + table(head, lines, numbers=False) + "\n" + WHY
+    text = PREFACE + table(head, lines, numbers=False) + "\n" + why(results)
     (RESULTS.parents[1] / "RESULTS.md").write_text(text)
 
 
@@ -204,40 +205,4 @@ rounds, less data. Scale `wide` has the paper's nets at their width and fewer ro
 minutes. Scale `full` is the paper's set-up for a GPU; **it has not been run**:
 `make bench-paper SCALE=full` does. Written by `benchmarks/paper/run.py`.
 
-"""
-WHY = """
-## What is behind the differences
-
-**FedPara and low-rank of equal size** are level at this scale. What was looked into:
-
-- The rate. Each method's is tuned alike. A rate too high costs low-rank most: with 0.3 in place of
-  0.1 it loses 6.8 points on CIFAR-10, FedPara 0.8. The paper has one rate for all.
-- The initialization. Factors that start with He's fan-in variance each, so that a kernel's core
-  moves faster than X and Y, take FedPara on CIFAR-10 from 47.6 to 48.6%, ahead of low-rank in every
-  seed however that is started (46.8%, and 46.7% in the same way).
-- The rank. At γ = 0 low-rank has ranks 14, 10 and 7 where 64, 32 and 16 would be full, and is
-  ahead by half a point all the same; trained to the end on 2,000 images it fits them a little
-  better. Layers this narrow are limited by how many parameters they have (low-rank has 5% more, for
-  its rank is rounded up), not by their rank. In the paper's widest layers its rank is 87 of 512.
-- Clipping. The gradients' norm is .2 on Shakespeare and jumps to 3. Clipped at 5, with a constant
-  rate, FedPara's runs fell back by twenty points and recovered (by role 29.4, 42.2 and 45.5% at the
-  end, rate 8); clipped at 0.5, with a falling rate, they end at 47.0 to 47.6%. By role the paper
-  has the two methods level as well.
-
-**FedPara and dense on CIFAR-10.** γ = 0.9 has 88% of the dense model's parameters and is 3.6 points
-behind: after 24 rounds it is the speed of training that is missing, not size.
-
-**Strategies** have one setting each, not tuned (FedProx μ = 0.1, FedDyn α = 0.1, FedAdam's rate
-0.01), and two clients a round.
-
-**The Jacobian correction** with λ = 1 and rate 0.1 learns nothing. The weight before a norm layer
-may have any size; there it grew thirtyfold in a hundred steps, and with it the penalty's gradient,
-until clipping left nothing of the loss's.
-
-**Personal models.** W₂ learns from the gradient times W₁, which is small, and by way of its
-factors. Started with the variance of an ordinary weight the personal half hardly moved: 84.5%
-after 8 rounds with two classes a client and rate 0.4, where it now starts with variance 1 and
-reaches 96.3%. In the paper's words pFedPara is above all others where data are plenty; a client
-with two classes needs nobody else for MNIST, so that local-only and FedPer have little left to be
-improved there.
 """
