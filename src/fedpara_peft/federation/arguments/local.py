@@ -16,6 +16,13 @@ class LocalArguments:
         default=None, metadata={"help": "Names of modules that stay with each client (FedPer)."}
     )
     num_local_epochs: int = field(default=1, metadata={"help": "Epochs E a client trains."})
+    per_client_max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "If above 0, the local steps a client makes in a round, however much data it "
+            "has; overrides num_local_epochs."
+        },
+    )
     per_client_batch_size: int = field(default=32, metadata={"help": "Examples per local step."})
     drop_last: bool = field(
         default=False,
