@@ -201,7 +201,7 @@ class LocalTrainer:
         state: ClientState | None = None,
         resting: Collection[str] = (),
     ) -> Trained:
-        """Train a client from the broadcast: E epochs, Sec. 3 of arXiv:2108.06098, or so many steps.
+        """Train a client from the broadcast: E epochs (Sec. 3 of arXiv:2108.06098) or steps.
 
         Args:
             client: client index, for the derived randomness.

@@ -209,8 +209,9 @@ def in_a_round(epoch: Callable[[int], Iterable[T]], args: FederatedArguments) ->
     made = 0
     for number in itertools.count() if most > 0 else range(args.num_local_epochs):
         before = made
-        for made, found in enumerate(epoch(number), made + 1):
+        for found in epoch(number):
             yield found
+            made += 1
             if made == most:
                 return
         if made == before:  # no rows: there is nothing to go on with
