@@ -18,9 +18,11 @@ from .watching import WatchingArguments
 #: By interval as mathematicians write it, the arguments that lie in it (or are None).
 _INTERVALS = {
     "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "composed_weight_decay",
-               "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds"),
+               "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds",
+               "early_stopping_threshold"),
     "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
-               "eval_batch_size", "save_total_limit", "clients_per_round"),
+               "eval_batch_size", "save_total_limit", "clients_per_round",
+               "early_stopping_patience"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
     "(0, ∞)": ("learning_rate", "factor_learning_rate", "learning_rate_decay", "max_grad_norm",
                "max_update_norm", "clip_update_norm"),
@@ -36,6 +38,7 @@ _NONE = {
     "clip_update_norm": "None: unlimited",
     "max_grad_norm": "None does not clip",
     "save_total_limit": "None keeps all",
+    "early_stopping_patience": "None never stops early",
     "learning_rate_decay": "1 keeps the learning rate",
     "factor_learning_rate": "None: learning_rate",
 }
@@ -87,6 +90,13 @@ class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, Rou
             raise ArgumentsError(
                 f"warmup_rounds={self.warmup_rounds} leaves nothing of num_rounds="
                 f"{self.num_rounds} for lr_scheduler_type={self.lr_scheduler_type!r}: lower it"
+            )
+        if self.load_best_model_at_end or self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        if self.metric_for_best_model and not self.eval_every:
+            raise ArgumentsError(
+                f"metric_for_best_model={self.metric_for_best_model!r} needs evaluations: "
+                "eval_every must be above 0"
             )
 
     def described(self) -> dict[str, Any]:
