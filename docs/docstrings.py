@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from griffe import Class, Extension, Object
+from griffe import Class, Extension, Module, Object
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr):`~?([^`]+)`")
 
@@ -19,13 +20,29 @@ class Docstrings(Extension):
         if obj.docstring:
             obj.docstring.value = _ROLE.sub(_plain, obj.docstring.value)
 
-    def on_class_members(self, *, cls: Class, **kwargs: Any) -> None:
-        """Fields that a command line explains by their metadata are explained here as well."""
-        texts = {name: _help(str(member.value)) for name, member in cls.attributes.items()}
-        lines = [f"    {name}: {text}" for name, text in texts.items() if text]
-        if cls.docstring and lines and "Args:" not in cls.docstring.value:
-            head, raises, rest = cls.docstring.value.partition("Raises:")
-            cls.docstring.value = "\n".join([head, "Args:", *lines, "", raises + rest])
+    def on_package(self, *, pkg: Module, **kwargs: Any) -> None:
+        """Fields that a command line explains by their metadata are explained here as well.
+
+        Once all is loaded, for a dataclass may have fields of its bases, the last base's first.
+        """
+        for cls in _classes(pkg):
+            order = [*reversed(cls.mro()), cls]
+            texts = {
+                name: _help(str(member.value))
+                for base in order
+                for name, member in base.attributes.items()
+            }
+            lines = [f"    {name}: {text}" for name, text in texts.items() if text]
+            if cls.docstring and lines and "Args:" not in cls.docstring.value:
+                head, raises, rest = cls.docstring.value.partition("Raises:")
+                cls.docstring.value = "\n".join([head, "Args:", *lines, "", raises + rest])
+
+
+def _classes(module: Module) -> Iterator[Class]:
+    yield from (cls for cls in module.classes.values() if not cls.is_alias)
+    for inner in module.modules.values():
+        if not inner.is_alias:
+            yield from _classes(inner)
 
 
 def _plain(found: re.Match[str]) -> str:
@@ -39,7 +56,17 @@ def _help(value: str) -> str | None:
     except SyntaxError:
         return None
     for keyword in call.keywords if isinstance(call, ast.Call) else ():
-        if keyword.arg == "metadata":
-            found: Any = ast.literal_eval(keyword.value)
-            return str(found["help"])
+        if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
+            for key, text in zip(keyword.value.keys, keyword.value.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "help":
+                    return _text(text)
     return None
+
+
+def _text(node: ast.expr) -> str:
+    """A string; what it computes is shown as the expression."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    return f"{{{ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)}}}"

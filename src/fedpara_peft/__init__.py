@@ -27,6 +27,7 @@ from .federation.errors import (
 )
 from .federation.folder.history import History
 from .federation.observers.callbacks import FederatedCallback
+from .federation.observers.control import FederatedControl
 from .federation.server.plan import Plan, plan
 from .federation.strategies import (
     FedAdagrad,
@@ -100,6 +101,7 @@ __all__ = [
     "FedYogi",
     "FederatedArguments",
     "FederatedCallback",
+    "FederatedControl",
     "FederatedTrainer",
     "FileLayer",
     "History",

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..comm.ledger import Ledger, shown_bytes
-from ..comm.state import State
+from ..comm.ledger import Ledger
 from ..tuner.card import note_training
 from .arguments import FederatedArguments
 from .backend import Backend
@@ -21,18 +20,24 @@ from .client.local import LocalTrainer
 from .crew import Crew
 from .data.metrics import higher_is_better
 from .errors import RoundError
+from .folder.checkpoint import Checkpoint
 from .folder.facts import training_facts
 from .folder.history import History
 from .folder.run_folder import RunFolder
 from .folder.settings import describe_run
-from .observers.callbacks import FederatedCallback
+from .observers.best import Best
+from .observers.callbacks import Callbacks, FederatedCallback
+from .observers.control import FederatedControl
+from .observers.log import tell_round
 from .observers.progress import Progress, progress
 from .observers.trackers import Trackers
 from .server.averaging import AveragingBias
 from .server.privacy import noise_seed
 from .server.round import OpenRound, RoundServer
-from .state import Refused, RoundReport, ServerState
+from .state import Refused, RoundReport, ServerState, placed_like
 from .strategies import Strategy
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -46,7 +51,7 @@ class Run:
         local: the model's tensors, live.
         crew: the processes that run this together.
         trackers: where it is told to.
-        callbacks: called on the main process.
+        callbacks: called on the main process, which asks for all what they ask.
         evaluate: evaluates the model in place, after it got the global state; None: nothing to.
         facts: what the run was given, to compare with a checkpoint's.
         log: where every round is told in a line; None shows bars instead.
@@ -77,12 +82,14 @@ class Run:
         self._local = local
         self._crew = crew
         self._trackers = trackers
-        self._callbacks = callbacks
+        self._callbacks = Callbacks(callbacks)
         self._evaluate = evaluate
         self._facts = facts
         self._logger = log
         self._folder = RunFolder(args)
         self._server = ServerState(0, local.shared, buffers=local.buffers)
+        self._best = Best.before(args)
+        self._stopped = False
         self.history = History()
         self.ledger = Ledger()
 
@@ -91,8 +98,15 @@ class Run:
         """The model, in place."""
         return self._local.model
 
+    @property
+    def round(self) -> int:
+        """The round whose global state is in place: the last one, or the best one at the end."""
+        return self._server.round
+
     def train(self, resume: bool | str | os.PathLike[str] | None = None) -> History:
         """Run all rounds; the model holds the last good global state afterwards, come what may.
+
+        With ``load_best_model_at_end`` it is the best one of a run that came to its end.
 
         Args:
             resume: see :meth:`~.trainer.FederatedTrainer.train`.
@@ -104,13 +118,15 @@ class Run:
         """
         args = self._args
         self._start(resume)
-        self._crew.on_main(self._began)
+        self._stopped = self._crew.on_main(self._began) or self._best.is_final
         disable = args.disable_tqdm or not self._crew.is_main or self._logger is not None
         try:
             with progress(args.num_rounds, self._server.round, disable) as bars:
-                while self._server.round < args.num_rounds:
+                while self._server.round < args.num_rounds and not self._stopped:
                     self._round(bars)
                     bars.show(self.history.rounds, self.history.total_bytes)
+            if args.load_best_model_at_end:
+                self._take_best()
         except BaseException as error:
             error.add_note(self._how_to_go_on())
             raise
@@ -127,19 +143,65 @@ class Run:
         opened = self._rounds.open(self._server, encode=self._backend.needs_payload)
         try:
             server, report = self._played(opened, bars)
+            best = self._judged(report)
         except BaseException:
             self._backend.rollback(self._server.round)
             raise
         self._server = server
-        self.history = History((*self.history.rounds, report))
-        if self._due(self._args.save_every, server.round):
-            self._backend.commit()
-            self._crew.on_main(
-                lambda: self._folder.save(server, self.history, self.ledger, self.model)
-            )
-            self._folder.note_saved(server.round)
+        self._note_report(report, best)
+        due = self._due(self._args.save_every, server.round)
+        if due or self._is_best_to_keep() or (self._stopped and self._args.save_every > 0):
+            self._save()
         self._backend.end_round(opened, report, [*self._folder.saved, server.round])
-        self._crew.on_main(lambda: self._tell(report))
+        self._do(self._crew.on_main(lambda: self._tell(report)), report)
+
+    def _judged(self, report: RoundReport) -> Best:
+        """The best round with this one; the main process judges for all."""
+        if self._best.metric is None:
+            return self._best
+        return self._crew.on_main(lambda: self._best.after(report))
+
+    def _note_report(self, report: RoundReport, best: Best) -> None:
+        """Take the present round's report; its former one goes if it was evaluated since."""
+        before = self.history.rounds[: report.round - 1]
+        self.history, self._best = History((*before, report)), best
+        if best.is_final and not self._stopped:
+            self._stopped = True
+            logger.info(
+                "stopping after round %d: %s was %.4g after round %d, and not better for %d "
+                "evaluations", report.round, best.metric, best.value,
+                best.round, best.waited,
+            )  # fmt: skip
+
+    def _do(self, asked: FederatedControl, report: RoundReport) -> None:
+        """Do what callbacks asked; whoever stops has had a last round, evaluated and saved."""
+        args, number = self._args, report.round
+        stops = asked.should_stop and not self._stopped
+        save = asked.should_save or (stops and args.save_every > 0)
+        evaluated = bool(report.metrics) or self._due(args.eval_every, number)
+        if not evaluated and (asked.should_evaluate or (stops and args.eval_every > 0)):
+            again = self._evaluated(self._server, report)
+            self._note_report(again, self._judged(again))
+            told = self._crew.on_main(lambda: self._tell_evaluation(again))
+            self._stopped |= told.should_stop
+            save |= told.should_save or self._is_best_to_keep() or number in self._folder.saved
+            save |= self._stopped and args.save_every > 0
+        elif number in self._folder.saved:
+            save = False
+        self._stopped |= asked.should_stop
+        if save:
+            self._save()
+
+    def _save(self) -> None:
+        server, best = self._server, self._best.round
+        self._backend.commit()
+        self._crew.on_main(
+            lambda: self._folder.save(server, self.history, self.ledger, self.model, best)
+        )
+        self._folder.note_saved(server.round, best)
+
+    def _is_best_to_keep(self) -> bool:
+        return self._args.load_best_model_at_end and self._best.round == self._server.round
 
     def _played(self, opened: OpenRound, bars: Progress) -> tuple[ServerState, RoundReport]:
         start, number = time.perf_counter(), opened.number + 1
@@ -202,7 +264,8 @@ class Run:
             self._server = ServerState(0, params, buffers=self._local.buffers, noise_seed=seed)
         else:
             self.history, self.ledger = found.history, found.ledger
-            self._server = _placed_like(found.server, self._local.shared)
+            self._server = placed_like(found.server, self._local.shared)
+        self._best = Best.before(self._args).after_all(self.history)
         self._local.load(self._server.params)
         self._backend.begin(self._server, self.history, self._folder.saved)
         self._crew.on_main(lambda: self._folder.describe(self._described(facts)))
@@ -212,30 +275,54 @@ class Run:
         sizes = self._backend.num_examples
         return describe_run(self._args, self._strategy, sizes, values, facts)
 
-    def _began(self) -> None:
+    def _began(self) -> bool:
         self._trackers.begin()
-        for callback in self._callbacks:
-            callback.on_train_begin(self._server)
+        self._callbacks.begin()
+        self._callbacks.tell("on_train_begin", self._server)
+        return self._callbacks.control.should_stop
 
-    def _tell(self, report: RoundReport) -> None:
+    def _tell(self, report: RoundReport) -> FederatedControl:
         if self._logger is not None:
-            _log(self._logger, report, self._args.num_rounds)
+            tell_round(self._logger, report, self._args.num_rounds)
         self._trackers.log(report)
         self._folder.write_history(self.history, self.ledger)
-        for callback in self._callbacks:
-            callback.on_round_end(self._server, report)
+        if report.metrics:
+            self._callbacks.tell("on_evaluate", self._server, report)
+        self._callbacks.tell("on_round_end", self._server, report)
+        return self._callbacks.asked()
+
+    def _tell_evaluation(self, report: RoundReport) -> FederatedControl:
+        self._trackers.log_metrics(report)
+        self._callbacks.tell("on_evaluate", self._server, report)
+        return self._callbacks.asked()
 
     def _note(self) -> None:
         """Write down what is known when a run ends, however it ends."""
         population = len(self._backend.names)
-        facts = training_facts(self.history, self._args, self._strategy, population)
+        facts = training_facts(
+            self.history, self._args, self._strategy, population, self._server.round
+        )
         note_training(self.model, facts)
         if self._crew.is_main:
             self._folder.write_history(self.history, self.ledger, at_once=True)
 
     def _ended(self) -> None:
-        for callback in self._callbacks:
-            callback.on_train_end(self._server, self.history)
+        self._callbacks.tell("on_train_end", self._server, self.history)
+
+    def _take_best(self) -> None:
+        """Go to the best of the rounds that have a checkpoint; all have since the run began so."""
+        saved = self._folder.saved
+        best = Best.before(self._args).after_all(r for r in self.history if r.round in saved)
+        if best.round != self._best.round:
+            logger.warning(
+                "round %d was the best (%s %.4g), but has no checkpoint: loading round %d",
+                self._best.round, best.metric, self._best.value,
+                best.round or self._server.round,
+            )  # fmt: skip
+        if best.round not in (0, self._server.round):
+            found: list[Checkpoint] = []
+            self._crew.together(lambda: found.append(self._folder.load(best.round)))
+            self._server = placed_like(found[0].server, self._local.shared)
 
     def _how_to_go_on(self) -> str:
         return (
@@ -251,25 +338,3 @@ def _slowest(times: Sequence[float | None]) -> float | None:
     """The slowest client's time; None where it was not measured."""
     known = [seconds for seconds in times if seconds is not None]
     return None if len(known) < len(times) else max(known, default=0.0)
-
-
-def _placed_like(server: ServerState, like: State) -> ServerState:
-    """A server state on the devices of the live tensors."""
-
-    def placed(state: State) -> State:
-        return {name: tensor.to(like[name].device) for name, tensor in state.items()}
-
-    optimizer = {group: placed(state) for group, state in server.optimizer.items()}
-    # The residual stays in main memory, where payloads are made.
-    return dataclasses.replace(server, params=placed(server.params), optimizer=optimizer)
-
-
-def _log(logger: logging.Logger, report: RoundReport, rounds: int) -> None:
-    loss = "-" if report.train_loss is None else f"{report.train_loss:.4f}"
-    shown = "".join(f", {name} {value:.4f}" for name, value in report.metrics.items())
-    lost = len(report.dropped) + len({client for client, _ in report.refused})
-    logger.info(
-        "round %d of %d: %d of %d clients, train_loss %s%s, %s, %.1f s",
-        report.round, rounds, len(report.cohort) - lost, len(report.cohort), loss, shown,
-        shown_bytes(report.uplink_bytes + report.downlink_bytes), report.seconds,
-    )  # fmt: skip

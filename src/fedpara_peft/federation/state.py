@@ -235,3 +235,14 @@ class RoundReport:
     averaging_bias: float | None = None
     epsilon: float | None = None
     slowest_client_s: float | None = None
+
+
+def placed_like(server: ServerState, like: State) -> ServerState:
+    """A server state on the devices of the live tensors."""
+
+    def placed(state: State) -> State:
+        return {name: tensor.to(like[name].device) for name, tensor in state.items()}
+
+    optimizer = {group: placed(state) for group, state in server.optimizer.items()}
+    # The residual stays in main memory, where payloads are made.
+    return replace(server, params=placed(server.params), optimizer=optimizer)

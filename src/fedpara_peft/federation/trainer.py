@@ -116,6 +116,11 @@ class FederatedTrainer:
                 "compute_metrics has nothing to evaluate: give eval_dataset or "
                 "client_eval_dataset, or eval_every=0 to call evaluate(dataset) yourself"
             )
+        if args.metric_for_best_model and eval_dataset is client_eval_dataset is None:
+            raise ArgumentsError(
+                f"metric_for_best_model={args.metric_for_best_model!r} has nothing to be evaluated "
+                "on: give eval_dataset or client_eval_dataset"
+            )
         loss = compute_loss or DefaultLoss(args.label_column)
         self._local = local = LocalTrainer(
             self.model, args, self.accelerator, self.strategy, loss, data_collator,
@@ -163,7 +168,7 @@ class FederatedTrainer:
         return self._run.ledger
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> History:
-        """Run all rounds; the model holds the global state afterwards.
+        """Run all rounds; the model holds the global state afterwards: the last one, or the best.
 
         A resumed run ends in the same state, bit for bit, as one that was never interrupted.
 
@@ -202,13 +207,16 @@ class FederatedTrainer:
     def client_state(self, client: Any) -> ClientState | None:
         """What a client keeps between its rounds, None if it has never trained.
 
+        It is that of the round whose global state is in place: the last one, or the best.
+
         Args:
             client: its name (a key of ``train_dataset``) or index.
 
         Raises:
             ClientDataError: there is no such client.
         """
-        return self._simulation.store.get(self.population.index(client))
+        at = self._run.round if len(self.history) else None
+        return self._simulation.store.get(self.population.index(client), at)
 
     def client_model(self, client: Any) -> nn.Module:
         """A client's own model: a copy of the global model with the client's local tensors.

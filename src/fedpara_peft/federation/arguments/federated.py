@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
-from ...comm.codecs import Codec, codec_names
+from ...comm.codecs import Codec
 from ..errors import ArgumentsError
 from .checks import as_annotated, as_options, lies_in
-from .schedule import SCHEDULES, share_of_rate
-
-# On a command line a codec has a name; HfArgumentParser reads one type an argument.
-if TYPE_CHECKING:
-    CodecOrName = Codec | str
-else:
-    CodecOrName = str
+from .local import LocalArguments
+from .rounds import RoundArguments
+from .schedule import share_of_rate
+from .server import ServerArguments
+from .watching import WatchingArguments
 
 #: By interval as mathematicians write it, the arguments that lie in it (or are None).
 _INTERVALS = {
     "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "composed_weight_decay",
-               "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds"),
+               "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds",
+               "early_stopping_threshold"),
     "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
-               "eval_batch_size", "save_total_limit", "clients_per_round"),
+               "eval_batch_size", "save_total_limit", "clients_per_round",
+               "early_stopping_patience"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
     "(0, ∞)": ("learning_rate", "factor_learning_rate", "learning_rate_decay", "max_grad_norm",
                "max_update_norm", "clip_update_norm"),
@@ -38,6 +38,7 @@ _NONE = {
     "clip_update_norm": "None: unlimited",
     "max_grad_norm": "None does not clip",
     "save_total_limit": "None keeps all",
+    "early_stopping_patience": "None never stops early",
     "learning_rate_decay": "1 keeps the learning rate",
     "factor_learning_rate": "None: learning_rate",
 }
@@ -45,234 +46,14 @@ _NONE = {
 _OWN_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay", "momentum": "momentum"}
 
 
+# Fields come in the order of the bases from the last to the first: output_dir leads.
 @dataclass
-class FederatedArguments:
+class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, RoundArguments):
     """Settings of a federated run; ``HfArgumentParser`` reads them from a command line.
 
     Raises:
         ArgumentsError: an argument has a value, or meets another, that it cannot have.
     """
-
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, history and trackers."})
-    num_rounds: int = field(default=100, metadata={"help": "Rounds T."})
-    client_fraction: float | None = field(
-        default=None, metadata={"help": "Share of the clients sampled each round, in (0, 1]."}
-    )
-    clients_per_round: int | None = field(
-        default=None, metadata={"help": "Number of clients sampled each round."}
-    )
-    client_sampling: str = field(
-        default="uniform",
-        metadata={
-            "help": "uniform, or weighted: drawn in proportion to their examples, then averaged "
-            "alike.",
-            "choices": ["uniform", "weighted"],
-        },
-    )
-    drop_out_probability: float = field(
-        default=0.0, metadata={"help": "Chance that a sampled client does not report, in [0, 1)."}
-    )
-    local_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that stay with each client (FedPer)."}
-    )
-    num_local_epochs: int = field(default=1, metadata={"help": "Epochs E a client trains."})
-    per_client_batch_size: int = field(default=32, metadata={"help": "Examples per local step."})
-    drop_last: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave out a last training batch that is not full, unless it is the only one; "
-            "otherwise a last row alone joins the batch before it where there is batch norm."
-        },
-    )
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={
-            "help": "Batches per local step; their gradients are averaged over rows, or over the "
-            "tokens that count."
-        },
-    )
-    label_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the labels; by default the only one that is called labels, label, "
-            "y, target, class or the like."
-        },
-    )
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "no, fp16 or bf16; Accelerate's setting by default.",
-            "choices": ["no", "fp16", "bf16"],
-        },
-    )
-    optim: str = field(
-        default="sgd",
-        metadata={
-            "help": "Clients' optimizer: sgd, adamw, adam, adafactor, muon or another of "
-            "torch.optim, in any case."
-        },
-    )
-    optim_args: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "More of its options, as a mapping or as text such as "
-            "'betas=(0.9, 0.95), eps=1e-6' or JSON."
-        },
-    )
-    optimizer_state: str = field(
-        default="reset",
-        metadata={
-            "help": "reset: a client's optimizer starts anew in every round; keep: the client "
-            "keeps its state (moments) and never sends it.",
-            "choices": ["reset", "keep"],
-        },
-    )
-    learning_rate: float = field(
-        default=0.1, metadata={"help": "Clients' learning rate; the default suits sgd alone."}
-    )
-    factor_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of FedPara's factors; that of all the rest by default."},
-    )
-    learning_rate_decay: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor on the learning rates after every round, beside lr_scheduler_type."
-        },
-    )
-    lr_scheduler_type: str = field(
-        default="constant",
-        metadata={
-            "help": "Course of the learning rates over the rounds after the warm-up: constant, "
-            "linear or cosine (to nothing after num_rounds).",
-            "choices": list(SCHEDULES),
-        },
-    )
-    warmup_rounds: int = field(
-        default=0, metadata={"help": "Rounds in which the learning rates rise to their value."}
-    )
-    warmup_ratio: float = field(
-        default=0.0, metadata={"help": "The same as a share of num_rounds, in [0, 1)."}
-    )
-    momentum: float = field(
-        default=0.0, metadata={"help": "Momentum of sgd and what else has it; 0: its default."}
-    )
-    weight_decay: float = field(
-        default=0.0,
-        metadata={"help": "Weight decay, as the optimizer means it: adamw's is decoupled."},
-    )
-    max_grad_norm: float | None = field(
-        default=None, metadata={"help": "Clip the gradient's norm to this; None does not clip."}
-    )
-    jacobian_correction: float = field(
-        default=0.0, metadata={"help": "Strength of the Jacobian correction; 0: off."}
-    )
-    composed_weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of the composed weights, in the loss; 0: off."}
-    )
-    factor_schedule: str = field(
-        default="all",
-        metadata={
-            "help": "all, or one_block: one factor block a round, whose average is exact (not "
-            "with tanh).",
-            "choices": ["all", "one_block"],
-        },
-    )
-    report_averaging_bias: bool = field(
-        default=False,
-        metadata={"help": "Measure the error of averaging factors instead of weights."},
-    )
-    uplink_codec: CodecOrName = field(
-        default="identity",
-        metadata={
-            "help": f"How updates travel: {', '.join(codec_names())}, or several joined by '+', "
-            "such as topk:0.1+int8; in Python also a Codec."
-        },
-    )
-    downlink_codec: CodecOrName = field(
-        default="identity", metadata={"help": "How the global state travels; likewise, but topk."}
-    )
-    error_feedback: bool = field(
-        default=False, metadata={"help": "Send what a codec lost the last time along."}
-    )
-    max_update_norm: float | None = field(
-        default=None,
-        metadata={
-            "help": "Refuse an update whose norm is larger, or that of what the strategy sends "
-            "beside it."
-        },
-    )
-    clip_update_norm: float | None = field(
-        default=None, metadata={"help": "Scale an update down to this norm if it is larger."}
-    )
-    aggregation: str = field(
-        default="mean",
-        metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
-    )
-    quorum: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the cohort whose updates must be usable, in [0, 1]; by default one "
-            "update must be, of those that were sent. 0: a round of which nothing can be used "
-            "changes nothing, and the run goes on."
-        },
-    )
-    on_client_error: str = field(
-        default="refuse",
-        metadata={
-            "help": "What an exception in a client's own training does: refuse (the round goes on "
-            "without the client, and the quorum decides) or raise.",
-            "choices": ["refuse", "raise"],
-        },
-    )
-    dp_noise_multiplier: float = field(
-        default=0.0,
-        metadata={"help": "Gaussian noise on the sum of updates, in units of clip_update_norm."},
-    )
-    dp_noise_seed: int | None = field(
-        default=None,
-        metadata={
-            "help": "Seed of the noise, for tests; by default a secret one, which only the "
-            "checkpoints hold."
-        },
-    )
-    dp_delta: float = field(default=1e-5, metadata={"help": "δ of the reported (ε, δ)."})
-    seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
-    engine: str = field(
-        default="auto",
-        metadata={
-            "help": "sequential: one client after the other; batched: clients with equally many "
-            "examples side by side, the same up to rounding; auto: batched where it is known to "
-            "pay, in one process.",
-            "choices": ["auto", "sequential", "batched"],
-        },
-    )
-    eval_every: int = field(
-        default=1, metadata={"help": "Evaluate every so many rounds and after the last; 0: never."}
-    )
-    eval_batch_size: int = field(default=256, metadata={"help": "Examples per evaluation step."})
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Start afresh in a folder that holds another run, and remove that one."},
-    )
-    save_every: int = field(
-        default=0, metadata={"help": "Write a checkpoint every so many rounds; 0: never."}
-    )
-    save_total_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints to keep; all by default."}
-    )
-    client_store: str = field(
-        default="auto",
-        metadata={
-            "help": "Where clients' states rest: memory, disk, or auto (memory for one process).",
-            "choices": ["auto", "memory", "disk"],
-        },
-    )
-    report_to: list[str] | None = field(
-        default=None,
-        metadata={"help": "Accelerate trackers, such as tensorboard or wandb; none: no tracker."},
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
         self.optim_args = options = as_options("optim_args", self.optim_args)
@@ -309,6 +90,13 @@ class FederatedArguments:
             raise ArgumentsError(
                 f"warmup_rounds={self.warmup_rounds} leaves nothing of num_rounds="
                 f"{self.num_rounds} for lr_scheduler_type={self.lr_scheduler_type!r}: lower it"
+            )
+        if self.load_best_model_at_end or self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        if self.metric_for_best_model and not self.eval_every:
+            raise ArgumentsError(
+                f"metric_for_best_model={self.metric_for_best_model!r} needs evaluations: "
+                "eval_every must be above 0"
             )
 
     def described(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -29,7 +30,7 @@ from ..strategies import Correction, LocalSteps, Objective, Strategy
 from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
-from .steps import Stepped, Steps
+from .steps import Stepped, Steps, in_a_round
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ class LocalTrainer:
         state: ClientState | None = None,
         resting: Collection[str] = (),
     ) -> Trained:
-        """Train a client: E epochs of SGD from the broadcast, Sec. 3 of arXiv:2108.06098.
+        """Train a client from the broadcast: E epochs (Sec. 3 of arXiv:2108.06098) or steps.
 
         Args:
             client: client index, for the derived randomness.
@@ -295,16 +296,15 @@ class LocalTrainer:
         # Dropout, transforms and collators draw from the global generators; see at_work.
         reseed(derived_seed(args.seed, round, client, "training"), self._accelerator.device)
         with one_row_said():
-            for epoch in range(args.num_local_epochs):
-                order = torch_generator(args.seed, round, client, f"batches {epoch}")
-                for window in self._windows(dataset, order):
-                    if losses := self.gradients.of(window):
-                        steps.step(losses)
+            for window in in_a_round(functools.partial(self._windows, turn, dataset), args):
+                if losses := self.gradients.of(window):
+                    steps.step(losses)
         return steps.final()[0]
 
-    def _windows(self, dataset: Any, order: torch.Generator) -> Iterator[list[tuple[Any, int]]]:
-        """The batches of every local step, and of how many rows each is."""
+    def _windows(self, turn: Turn, dataset: Any, epoch: int) -> Iterator[list[tuple[Any, int]]]:
+        """The batches of every local step of an epoch, and of how many rows each is."""
         args, device = self._args, self._accelerator.device
+        order = torch_generator(args.seed, turn.round, turn.client, f"batches {epoch}")
         size = args.per_client_batch_size
         rows = batches(dataset, size, self.collator, order, self.last_batch())
         while window := list(itertools.islice(rows, args.gradient_accumulation_steps)):

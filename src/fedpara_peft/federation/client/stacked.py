@@ -31,7 +31,7 @@ from .gradients import one_row_said
 from .local import LocalTrainer, Turn
 from .optimizer_state import likeness
 from .sideeffects import SideEffects
-from .steps import CannotPauseError, Stepped, Steps
+from .steps import CannotPauseError, Stepped, Steps, in_a_round
 
 logger = logging.getLogger(__name__)
 
@@ -246,11 +246,14 @@ class BatchedTrainer:
         """Every client's batches in its own order, ``(clients, rows, ...)`` for each column."""
         args = self._args
         sizes = batch_sizes(len(datasets[0]), args.per_client_batch_size, self._local.last_batch())
-        for epoch in range(args.num_local_epochs):
+
+        def of(epoch: int) -> Iterator[tuple[tuple[Tensor, ...], int]]:
             orders = [torch_generator(args.seed, round, c, f"batches {epoch}") for c in clients]
             columns = [column[:, : sum(sizes)] for column in _gathered(datasets, orders)]
             parts = [torch.split(column.to(self._device), sizes, 1) for column in columns]
             yield from zip(zip(*parts, strict=True), sizes, strict=True)
+
+        return in_a_round(of, args)
 
     def _gradients(
         self, stack: State, batch: tuple[Tensor, ...], rows: int

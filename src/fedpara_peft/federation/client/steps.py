@@ -11,8 +11,10 @@ The engines differ in how they find the gradients, and in nothing else. A stack'
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from .optimizer import Optimizers
 from .optimizer_state import Kept, kept_of, options_of, put_back, stacked, unstacked
 from .sgd import step_of
 from .step_weights import StepWeights, clip_scale
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,26 @@ class Steps:
         found = kept_of(self._optimizers, self._names)
         # An optimizer may hold a tensor twice, or one of the model's.
         return {part: {n: t.clone() for n, t in state.items()} for part, state in found.items()}
+
+
+def in_a_round(epoch: Callable[[int], Iterable[T]], args: FederatedArguments) -> Iterator[T]:
+    """What a client's local steps of a round are made from, one after the other.
+
+    Args:
+        epoch: the same of an epoch, by its number; a short one goes on with the next.
+        args: how many epochs, or how many steps. A step counts, too, if no label of it does.
+    """
+    most = args.per_client_max_steps
+    made = 0
+    for number in itertools.count() if most > 0 else range(args.num_local_epochs):
+        before = made
+        for found in epoch(number):
+            yield found
+            made += 1
+            if made == most:
+                return
+        if made == before:  # no rows: there is nothing to go on with
+            return
 
 
 class CannotPauseError(Exception):

@@ -41,7 +41,8 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 _FREE = {
     "output_dir", "num_rounds", "eval_every", "eval_batch_size", "save_every", "save_total_limit",
     "client_store", "report_to", "disable_tqdm", "report_averaging_bias", "on_client_error",
-    "overwrite_output_dir",
+    "overwrite_output_dir", "metric_for_best_model", "greater_is_better",
+    "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip
 
 
@@ -88,6 +89,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint under another name, and rename it when it is whole and on the disk.
 
+    One of the same round is replaced.
+
     Raises:
         RunFolderError: it cannot be written; nothing of it is left.
     """
@@ -98,10 +101,14 @@ def save_checkpoint(
     try:
         partial.mkdir(parents=True)
         _write(partial, checkpoint, facts, save_model)
+        if final.exists():  # of the same round, with a report that said less
+            os.replace(final, _replaced(final))
         os.replace(partial, final)
+        shutil.rmtree(_replaced(final), ignore_errors=True)
         sync(final.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
+        restore_replaced(output_dir)
         last = list(checkpoints(output_dir).values())
         go_on = f"resumes from {last[-1]}" if last else "has no checkpoint to resume from yet"
         raise RunFolderError(
@@ -224,12 +231,26 @@ def _partial(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint: under its name it is whole until it is gone."""
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     os.replace(folder, partial)
     shutil.rmtree(partial)
+
+
+def restore_replaced(output_dir: str | os.PathLike[str]) -> None:
+    """Put back a checkpoint that was about to be replaced by another, if that did not come."""
+    for path in Path(output_dir).glob(".checkpoint-*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            os.replace(path, final)
 
 
 def remove_partial(output_dir: str | os.PathLike[str]) -> None:

@@ -9,13 +9,22 @@ from .history import History
 
 
 def training_facts(
-    history: History, args: FederatedArguments, strategy: Strategy, num_clients: int
+    history: History, args: FederatedArguments, strategy: Strategy, num_clients: int, round: int
 ) -> dict[str, str]:
-    """A run in a few lines, as text by name."""
+    """A run in a few lines, as text by name.
+
+    Args:
+        history: of all its rounds.
+        args: its settings.
+        strategy: its federated optimizer.
+        num_clients: its population.
+        round: the round whose model is in place: the last one, or the best.
+    """
     up = sum(report.uplink_bytes for report in history)
     down = sum(report.downlink_bytes for report in history)
     facts = {
-        "rounds": f"{len(history):,}",
+        "rounds": f"{len(history):,}"
+        + (f"; this is the model after round {round:,}" if round < len(history) else ""),
         "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} in a round",
         "strategy": type(strategy).__name__,
         "sent": f"{shown_bytes(up + down)} ({shown_bytes(up)} up, {shown_bytes(down)} down)",
@@ -23,7 +32,8 @@ def training_facts(
     up_codec, down_codec = str(args.uplink_codec), str(args.downlink_codec)
     if (up_codec, down_codec) != ("identity", "identity"):
         facts["codecs"] = f"{up_codec} up, {down_codec} down"
-    evaluated = next((report for report in reversed(history.rounds) if report.metrics), None)
+    until = history.rounds[:round]
+    evaluated = next((report for report in reversed(until) if report.metrics), None)
     if evaluated is not None:
         for name, value in evaluated.metrics.items():
             facts[name] = f"{value:.4g} after round {evaluated.round}"

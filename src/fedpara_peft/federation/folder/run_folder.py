@@ -25,6 +25,7 @@ from .checkpoint import (
     load_checkpoint,
     remove_checkpoint,
     remove_partial,
+    restore_replaced,
     save_checkpoint,
     write_model,
 )
@@ -53,6 +54,7 @@ class RunFolder:
         self._args = args
         self._path = Path(args.output_dir)
         self._facts: Mapping[str, Any] = {}
+        self._best = 0
         self._written = (0.0, 0.0)  # when the history was, and how long it took
         self.saved: list[int] = []
 
@@ -90,28 +92,48 @@ class RunFolder:
         """Write ``settings.json``."""
         save_settings(self._path, dict(described))
 
-    def save(self, server: ServerState, history: History, ledger: Ledger, model: nn.Module) -> None:
+    def save(
+        self, server: ServerState, history: History, ledger: Ledger, model: nn.Module, best: int
+    ) -> None:
         """Write a checkpoint and remove the oldest beyond ``save_total_limit``.
+
+        Args:
+            server: the server after the round.
+            history: of all rounds.
+            ledger: their transfers.
+            model: the global model.
+            best: the best round so far, whose checkpoint stays; 0: none is.
 
         Raises:
             RunFolderError: it cannot be written.
         """
-        limit = self._args.save_total_limit or len(self.saved) + 1
-        before = max(1, limit - 1)  # one whole checkpoint stays while the next is written
-        for number in self.saved[:-before]:
-            remove_checkpoint(self._path / f"checkpoint-{number}")
+        after = self._kept(server.round, best)
+        # The newest whole checkpoint and the best one stay while the next is written.
+        staying = {*after, *self.saved[-1:], self._best}
+        for number in self.saved:
+            if number not in staying:
+                remove_checkpoint(self._path / f"checkpoint-{number}")
         save_checkpoint(
             self._path,
             Checkpoint(server, history, ledger),
             self._facts,
             lambda folder: write_model(model, folder),
         )
-        for number in [*self.saved[-before:], server.round][:-limit]:
-            remove_checkpoint(self._path / f"checkpoint-{number}")
+        for number in self.saved:
+            if number in staying and number not in after:
+                remove_checkpoint(self._path / f"checkpoint-{number}")
 
-    def note_saved(self, number: int) -> None:
-        """Know of a checkpoint that the main process wrote."""
-        self.saved = [*self.saved, number][-(self._args.save_total_limit or len(self.saved) + 1) :]
+    def note_saved(self, number: int, best: int) -> None:
+        """Know of a checkpoint that the main process wrote, and of the best round so far."""
+        self.saved, self._best = self._kept(number, best), best
+
+    def load(self, number: int) -> Checkpoint:
+        """Read one of this run's checkpoints.
+
+        Raises:
+            ResumeError: it is damaged.
+        """
+        return load_checkpoint(self._path / f"checkpoint-{number}", self._facts)
 
     def write_history(self, history: History, ledger: Ledger, *, at_once: bool = False) -> None:
         """Write the history and the ledger, whole or not at all.
@@ -149,10 +171,25 @@ class RunFolder:
             "train(resume_from_checkpoint=True)"
         )
 
+    def _kept(self, newest: int, best: int) -> list[int]:
+        """Rounds of the checkpoints that stay with one more, in order.
+
+        The newest and the best stay, also with a limit of 1.
+        """
+        limit = self._args.save_total_limit
+        found = sorted({*self.saved, newest})
+        if limit is None or len(found) <= limit:
+            return found
+        apart = {newest, *({best} & set(found))}
+        others = [n for n in found if n not in apart]
+        room = max(0, limit - len(apart))
+        return sorted({*others[len(others) - room :], *apart})
+
     def _chosen(
         self, resume: bool | str | os.PathLike[str] | None, described: Mapping[str, Any]
     ) -> Path | None:
         """The checkpoint to continue from; an earlier run's folder is not overwritten unasked."""
+        restore_replaced(self._path)
         found = checkpoints(self._path)
         if resume and resume is not True:
             return Path(resume)

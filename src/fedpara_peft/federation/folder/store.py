@@ -49,10 +49,11 @@ class ClientStore(ABC):
     def __init__(self) -> None:
         self._versions: dict[int, list[int]] = {}
 
-    def get(self, client: int) -> ClientState | None:
-        """A client's newest state."""
-        versions = self._versions.get(client)
-        return self._read(client, versions[-1]) if versions else None
+    def get(self, client: int, at: int | None = None) -> ClientState | None:
+        """A client's newest state, or the newest up to a version that is kept."""
+        versions = self._versions.get(client, [])
+        end = len(versions) if at is None else bisect.bisect_right(versions, at)
+        return self._read(client, versions[end - 1]) if end else None
 
     def put(self, client: int, version: int, state: ClientState) -> None:
         """Keep a client's new state beside its former ones."""

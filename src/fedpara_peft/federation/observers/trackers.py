@@ -65,6 +65,11 @@ class Trackers:
         if self._names:
             self._accelerator.log(_numbers(report), step=report.round)
 
+    def log_metrics(self, report: RoundReport) -> None:
+        """Tell what a round that was told already has been evaluated by since."""
+        if self._names:
+            self._accelerator.log(dict(report.metrics), step=report.round)
+
     def end(self) -> None:
         """Close them; ``Accelerator.end_training`` would end the process group, too."""
         for tracker in self._accelerator.trackers:

@@ -82,6 +82,8 @@ class FederationServer:
             raise ArgumentsError(f"num_clients must be at least 1, got {setup.num_clients}")
         if setup.compute_metrics and setup.args.eval_every and not setup.eval_data_fn:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
+        if setup.args.metric_for_best_model and not setup.eval_data_fn:
+            raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)

@@ -1,0 +1,76 @@
+"""``FederatedArguments``: what travels, and what the server makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ...comm.codecs import Codec, codec_names
+
+# On a command line a codec has a name; HfArgumentParser reads one type an argument.
+if TYPE_CHECKING:
+    CodecOrName = Codec | str
+else:
+    CodecOrName = str
+
+
+@dataclass
+class ServerArguments:
+    """What travels, and what the server makes of it."""
+
+    uplink_codec: CodecOrName = field(
+        default="identity",
+        metadata={
+            "help": f"How updates travel: {', '.join(codec_names())}, or several joined by '+', "
+            "such as topk:0.1+int8; in Python also a Codec."
+        },
+    )
+    downlink_codec: CodecOrName = field(
+        default="identity", metadata={"help": "How the global state travels; likewise, but topk."}
+    )
+    error_feedback: bool = field(
+        default=False, metadata={"help": "Send what a codec lost the last time along."}
+    )
+    max_update_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Refuse an update whose norm is larger, or that of what the strategy sends "
+            "beside it."
+        },
+    )
+    clip_update_norm: float | None = field(
+        default=None, metadata={"help": "Scale an update down to this norm if it is larger."}
+    )
+    aggregation: str = field(
+        default="mean",
+        metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
+    )
+    quorum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the cohort whose updates must be usable, in [0, 1]; by default one "
+            "update must be, of those that were sent. 0: a round of which nothing can be used "
+            "changes nothing, and the run goes on."
+        },
+    )
+    on_client_error: str = field(
+        default="refuse",
+        metadata={
+            "help": "What an exception in a client's own training does: refuse (the round goes on "
+            "without the client, and the quorum decides) or raise.",
+            "choices": ["refuse", "raise"],
+        },
+    )
+    dp_noise_multiplier: float = field(
+        default=0.0,
+        metadata={"help": "Gaussian noise on the sum of updates, in units of clip_update_norm."},
+    )
+    dp_noise_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the noise, for tests; by default a secret one, which only the "
+            "checkpoints hold."
+        },
+    )
+    dp_delta: float = field(default=1e-5, metadata={"help": "δ of the reported (ε, δ)."})
+    seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
