@@ -76,6 +76,7 @@ VARIANTS = {
     # Runs are compared with each other: the noise's seed, secret and drawn anew for each, is given.
     "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1, "dp_noise_seed": 7},
     "seeded": {},
+    "ranks": {"uplink_codec": "topk:0.2+int4", "error_feedback": True},
     "diverge": {"learning_rate": 1e30, "quorum": 0.5},
     "keep": {
         "optim": "adamw", "learning_rate": 0.01, "optimizer_state": "keep", "momentum": 0.0,
@@ -130,6 +131,7 @@ def run(folder, strategy, parameterization, rounds, variant=None):
     trainer = FederatedTrainer(
         model, args, clients, data, compute_metrics=accuracy,
         strategy={**STRATEGIES, **OWN}[strategy], client_eval_dataset=clients, callbacks=[Tells()],
+        client_ranks=[1, 0.5, 3, 3, 2, 1, 1.0, 9] if variant == "ranks" else None,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
     if not trainer.accelerator.is_main_process:

@@ -39,6 +39,7 @@ def run(processes, script, *arguments):
         ("FedAdam", "dense", 6),
         ("FedNova", "fedpara", 4),
         ("FedAvg", "pfedpara", 6, "keep"),
+        ("FedAvgM", "pfedpara", 4, "ranks"),
     ],
     ids=str,
 )
@@ -48,7 +49,7 @@ def test_two_processes_are_one(tmp_path, case):
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / n / "final.safetensors") for n in "12")
     assert one.keys() == two.keys()
-    assert any(k.startswith("residual") for k in one) == ("codec" in case)
+    assert any(k.startswith("residual") for k in one) == bool({"codec", "ranks"} & {*case})
     assert any(k.startswith("optimizer") for k in one) == ("keep" in case)
     assert all(torch.equal(t, two[k]) for k, t in one.items())
     histories = [History.load(tmp_path / n / "history.json") for n in "12"]

@@ -21,6 +21,7 @@ from fedpara_peft import (
     ArgumentsError,
     FedAdam,
     FedAvg,
+    FedAvgM,
     FedDyn,
     FederatedTrainer,
     History,
@@ -104,17 +105,20 @@ class LocalGrid(Grid):
         return [reply for name in asked for reply in self.replies.pop(name)]
 
 
-def run(tmp_path, strategy=None, spoil=None, deadline_s=5.0, apps=None, resume=True, **more):
+def run(
+    tmp_path, strategy=None, spoil=None, deadline_s=5.0, apps=None, resume=True, ranks=None, **more
+):
     """A run over a grid: the grid, and what the server left in its folder."""
     args = task.arguments(tmp_path / "server", **more)
     apps = apps or [
-        client_app(task.model_fn, task.data_fn, args, strategy=strategy)
+        client_app(task.model_fn, task.data_fn, args, strategy=strategy, client_ranks=ranks)
         for _ in range(task.CLIENTS)
     ]
     grid = LocalGrid(apps, tmp_path, spoil)
     server = server_app(
         task.model_fn, args, task.CLIENTS, strategy=strategy, eval_data_fn=task.data,
         compute_metrics=accuracy, deadline_s=deadline_s, resume=resume,
+        client_ranks=ranks,
     )  # fmt: skip
     server(grid, Context(1, 1, {}, RecordDict(), {}))
     return grid
@@ -124,11 +128,11 @@ def history(tmp_path):
     return History.load(tmp_path / "server" / "history.json")
 
 
-def simulate(tmp_path, strategy=None, **more):
+def simulate(tmp_path, strategy=None, ranks=None, **more):
     args = task.arguments(tmp_path / "simulated", save_every=1, **more)
     trainer = FederatedTrainer(
         task.model_fn(), args, task.clients(), task.data(), strategy=strategy,
-        compute_metrics=accuracy,
+        compute_metrics=accuracy, client_ranks=ranks,
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -196,6 +200,33 @@ def test_the_result_is_the_simulations(tmp_path, strategy, more):
     trainer = simulate(tmp_path, strategy, **more)
     assert_same(tmp_path, trainer)
     assert_same_clients(tmp_path, trainer)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"clients_per_round": 2},
+        {"uplink_codec": "int8", "error_feedback": True},
+        {"downlink_codec": "int8", "factor_schedule": "one_block"},
+        KEEP,
+    ],
+)
+def test_nodes_of_different_ranks_are_the_simulations(tmp_path, more):
+    ranks = [1, 0.5, 3]
+    run(tmp_path, FedAvgM(), save_every=1, ranks=ranks, **more)
+    trainer = simulate(tmp_path, FedAvgM(), ranks=lambda client: ranks[client], **more)
+    assert_same(tmp_path, trainer)
+    assert_same_clients(tmp_path, trainer)
+
+
+def test_a_node_of_another_rank_than_the_server_knows_is_refused_by_name(tmp_path):
+    args = task.arguments(tmp_path / "server")
+    apps = [
+        client_app(task.model_fn, task.data_fn, args, client_ranks={1: own}) for own in (1, 2, 1)
+    ]
+    run(tmp_path, apps=apps, ranks={1: 1}, quorum=0.5)
+    for report in history(tmp_path):
+        assert report.refused == ((1, "schema"),)
 
 
 def test_a_seeded_base_is_drawn_on_each_node_and_never_sent(tmp_path, monkeypatch):

@@ -206,7 +206,7 @@ class Run:
     def _played(self, opened: OpenRound, bars: Progress) -> tuple[ServerState, RoundReport]:
         start, number = time.perf_counter(), opened.number + 1
         for client in self._backend.send(opened):
-            self.ledger.record(number, client, "downlink", opened.size)
+            self.ledger.record(number, client, "downlink", opened.sent_to(client).size)
         bias = None
         if self._args.report_averaging_bias:
             bias = AveragingBias(self.model, self._local.shared, self._server.params)

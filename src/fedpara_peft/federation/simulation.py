@@ -20,6 +20,7 @@ from .errors import about
 from .folder.history import History
 from .folder.store import ClientStore, DiskStore, MemoryStore
 from .server.admission import usable_state
+from .server.ranks import ClientRanks
 from .server.round import OpenRound
 from .state import ClientState, Outcome, RoundReport, ServerState
 
@@ -35,6 +36,7 @@ class Simulation:
         turns: takes what they trained through the channel.
         evaluator: evaluates clients' own models.
         crew: the processes that share ``output_dir``.
+        ranks: which columns each client has.
     """
 
     needs_payload = False
@@ -48,6 +50,7 @@ class Simulation:
         turns: Turns,
         evaluator: Evaluator,
         crew: Crew,
+        ranks: ClientRanks,
     ) -> None:
         self._args = args
         self._population = population
@@ -56,6 +59,7 @@ class Simulation:
         self._turns = turns
         self._evaluator = evaluator
         self._crew = crew
+        self._ranks = ranks
         self.names: Sequence[Any] = population.names
         self.num_examples: Sequence[int] = population.num_examples
         self.store = self._opened()
@@ -134,7 +138,8 @@ class Simulation:
     def _evaluated(self, server: ServerState, data: Sequence[Any]) -> dict[int, dict[str, float]]:
         found = {}
         for client in range(self._crew.index, len(self.names), self._crew.size):
-            self._local.load(server.params, self._kept(client))
+            params = self._ranks.only(server.params, self._ranks.level(client))
+            self._local.load(params, self._kept(client))
             with about(self.names[client]):
                 found[client] = self._evaluator(self._local.model, data[client])
         self._local.load(server.params)
@@ -149,10 +154,11 @@ class Simulation:
         if stacked is not None and stacked.wanted(len(clients)):
             data = {client: self._population.train[client] for client in clients}
             states = {client: self._kept(client) for client in clients}
-            for group in stacked.groups(data, states):
+            for group in self._alike(stacked, data, states):
                 start = time.perf_counter()
                 found = stacked.train(
-                    group, [data[c] for c in group], opened.number, opened.broadcast,
+                    group, [data[c] for c in group], opened.number,
+                    opened.sent_to(group[0]).broadcast,
                     [states[c] for c in group], opened.resting,
                 )  # fmt: skip
                 if found is None:  # they go one by one
@@ -180,13 +186,31 @@ class Simulation:
         own = data[client] if client in data else self._population.train[client]
         state = states[client] if client in states else self._kept(client)
         return self._local.train(
-            client, own, opened.number, opened.broadcast, state, opened.resting
+            client, own, opened.number, opened.sent_to(client).broadcast, state, opened.resting
         )
+
+    def _alike(
+        self,
+        stacked: BatchedTrainer,
+        data: Mapping[int, Any],
+        states: Mapping[int, ClientState | None],
+    ) -> list[list[int]]:
+        """Stacks of clients, each of clients of one rank."""
+        levels = dict.fromkeys(self._ranks.level(client) for client in data)
+        return [
+            group
+            for level in levels
+            for group in stacked.groups(
+                {c: own for c, own in data.items() if self._ranks.level(c) == level}, states
+            )
+        ]
 
     def _kept(self, client: int) -> ClientState | None:
         """What a client kept, as far as it is whole."""
         local = self._local
-        return usable_state(self.store.get(client), local.local, local.shared, self.names[client])
+        kept = self.store.get(client)
+        found = usable_state(kept, local.local, local.shared, self.names[client])
+        return self._ranks.own(found, local.first_local, client)
 
     def _disk(self) -> DiskStore:
         return DiskStore(Path(self._args.output_dir) / "clients", self.names)

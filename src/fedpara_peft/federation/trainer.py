@@ -35,6 +35,7 @@ from .precision import Precision
 from .processes import Processes
 from .run import Run
 from .server.channel import Channel
+from .server.ranks import GivenRanks, ranks_of
 from .server.round import RoundServer
 from .server.schedule import factor_blocks
 from .simulation import Simulation
@@ -74,6 +75,9 @@ class FederatedTrainer:
         optimizer: the clients', in place of ``args.optim``: a class such as ``torch.optim.AdamW``,
             or what makes an optimizer from a list of parameter groups (a ``functools.partial`` of a
             class, a function). The groups carry the learning rate of the round.
+        client_ranks: how many columns of every factor each client trains: a number, or a share in
+            (0, 1]; by client name, in order, or as a function of the name. All by default; see
+            :mod:`~.server.ranks`.
 
     Attributes:
         history: reports of the last run's rounds.
@@ -97,6 +101,7 @@ class FederatedTrainer:
         callbacks: Sequence[FederatedCallback] | None = None,
         client_eval_dataset: Sequence[Any] | Mapping[Any, Any] | None = None,
         optimizer: OptimizerFactory | None = None,
+        client_ranks: GivenRanks | None = None,
     ) -> None:
         _check_given(args)
         self.args = args
@@ -134,10 +139,13 @@ class FederatedTrainer:
             args.seed,
         )  # fmt: skip
         names = self.population.names
-        self._channel = Channel(args, self.strategy)
+        self._ranks = ranks = ranks_of(model, args, self.strategy, client_ranks, names)
+        ranks_facts = ranks.facts(range(len(names)))
+        crew.agree(lambda: ranks_facts)
+        self._channel = Channel(args, self.strategy, ranks)
         self._simulation = Simulation(
             args, self.population, local, self._stacked_engine(loss),
-            Turns(args, self._channel, self.strategy, names), self._evaluator, crew,
+            Turns(args, self._channel, self.strategy, names), self._evaluator, crew, ranks,
         )  # fmt: skip
         rounds = RoundServer(
             args,
@@ -154,7 +162,7 @@ class FederatedTrainer:
         self._run = Run(
             args, self.strategy, backend, rounds, local, crew, self._trackers,
             self.callbacks, None if eval_dataset is None else self.evaluate,
-            {**facts, **model_facts({**local.shared, **local.local})},
+            {**facts, **ranks_facts, **model_facts({**local.shared, **local.local})},
         )  # fmt: skip
 
     @property
@@ -234,7 +242,9 @@ class FederatedTrainer:
         here: State = {**self._local.shared, **self._local.local}
         kept = {name: tensor.clone() for name, tensor in here.items()}
         shared = {name: kept[name] for name in self._local.shared}
-        self._local.load(shared, state)
+        index = self.population.index(client)
+        shared = self._ranks.only(shared, self._ranks.level(index))
+        self._local.load(shared, self._ranks.own(state, self._local.first_local, index))
         personal = copy.deepcopy(self.model)
         for name, tensor in here.items():
             tensor.copy_(kept[name])

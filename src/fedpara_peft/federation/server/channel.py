@@ -19,6 +19,7 @@ from ..random import torch_generator
 from ..state import Broadcast, ClientUpdate, ServerState
 from ..strategies import Strategy
 from .admission import require_finite
+from .ranks import ClientRanks, Level
 
 #: What a state file or a message calls its own parts.
 _RESERVED = {"update", "buffers", "params", "local", "residual"}
@@ -108,13 +109,20 @@ class Channel:
     Args:
         args: the run's settings.
         strategy: the federated optimizer, for what it declares to send.
+        ranks: which columns each client has; all by default.
+
+    Attributes:
+        ranks: likewise.
 
     Raises:
         CodecError: a codec does not exist, or would lose most of the weights on the downlink.
         ArgumentsError: the strategy declares a group of a name that is taken.
     """
 
-    def __init__(self, args: FederatedArguments, strategy: Strategy) -> None:
+    def __init__(
+        self, args: FederatedArguments, strategy: Strategy, ranks: ClientRanks | None = None
+    ) -> None:
+        self.ranks = ranks or ClientRanks()
         self._seed = args.seed
         self._feedback = args.error_feedback
         self._codecs = {
@@ -137,10 +145,14 @@ class Channel:
                     f"{self._strategy} declares a group {group!r}: give it another name, without a "
                     f"slash and none of {sorted(_RESERVED)}"
                 )
-        self._layouts: dict[tuple[Direction, frozenset[str], frozenset[str]], Layout] = {}
+        self._layouts: dict[tuple[Direction, frozenset[str], frozenset[str], Level], Layout] = {}
 
     def layout(
-        self, direction: Direction, server: ServerState, resting: Collection[str] = ()
+        self,
+        direction: Direction,
+        server: ServerState,
+        resting: Collection[str] = (),
+        level: Level = None,
     ) -> Layout:
         """What travels in a round.
 
@@ -148,18 +160,20 @@ class Channel:
             direction: all of w_t goes down; up comes what trains.
             server: names, shapes and dtypes of the global state, and which of it are buffers.
             resting: parameters that do not train in the round.
+            level: the client's rank.
         """
         tensors = server.params
         trained = [n for n in tensors if n not in resting and n not in server.buffers]
         if direction == "uplink":
             tensors = {n: t for n, t in tensors.items() if n not in resting}
-        return self._layout(direction, tensors, server.buffers, trained)
+        return self._layout(direction, tensors, server.buffers, trained, level)
 
     def downlink(
         self,
         server: ServerState,
         extra: Mapping[str, State],
         resting: Collection[str] = (),
+        level: Level = None,
         *,
         encode: bool = False,
     ) -> Sent:
@@ -169,21 +183,24 @@ class Channel:
             server: before the round.
             extra: the strategy's.
             resting: parameters that do not train in the round.
+            level: the rank of the clients that it goes to.
             encode: make the payload, also where its length would do.
 
         Raises:
             ArgumentsError: the strategy sends something else than it declares.
         """
-        layout = self.layout("downlink", server, resting)
+        ranks = self.ranks
+        layout = self.layout("downlink", server, resting, level)
         self._require_declared("downlink", extra, {n: server.params[n] for n in layout.trained})
         form = layout.form
         if not form.schema or (form.codec.lossless and not encode):
-            return Sent(Broadcast(server.params, extra), server, form.size, None)
+            seen = ranks.seen(Broadcast(server.params, extra), level)
+            return Sent(seen, server, form.size, None)
         feedback = self._feeds_back(form)
         generator = torch_generator(self._seed, server.round, "downlink codec")
         payload, received, lost = encode_with_feedback(
             form,
-            layout.joined(server.params, extra),
+            layout.joined(ranks.cut(server.params, level), ranks.cut_each(extra, level)),
             server.residual if feedback else {},
             server.round,
             generator,
@@ -191,8 +208,10 @@ class Channel:
         if feedback:
             server = dataclasses.replace(server, residual=lost)
         params, buffers, groups = layout.parted(received, server.params)
-        found = {**params, **buffers}
-        broadcast = Broadcast({n: found[n] for n in server.params}, groups)
+        found = ranks.padded({**params, **buffers}, level)
+        broadcast = Broadcast(
+            {n: found[n] for n in server.params}, ranks.padded_each(groups, level)
+        )
         return Sent(broadcast, server, payload.size, payload)
 
     def uplink(
@@ -207,10 +226,15 @@ class Channel:
             encode: make the payload, also where its length would do.
 
         Raises:
-            ArgumentsError: the strategy sends something else than it declares.
+            ArgumentsError: the strategy sends something else than it declares, or the update is of
+                more columns than the client has.
             PayloadError: the update is not finite, or too large for the codec.
         """
         self._require_declared("uplink", update.extra, update.update)
+        ranks, level = self.ranks, self.ranks.level(update.client)
+        if level is not None:
+            require_finite(update)
+            ranks.require_cut(update.update, level)
         layout = self._of(update)
         form = layout.form
         if not form.schema or (form.codec.lossless and not encode):
@@ -221,17 +245,23 @@ class Channel:
         feedback = self._feeds_back(form)
         payload, received, lost = encode_with_feedback(
             form,
-            layout.joined(tensors, update.extra),
-            residual if feedback else {},
+            layout.joined(ranks.cut(tensors, level), ranks.cut_each(update.extra, level)),
+            ranks.cut(residual, level) if feedback else {},
             round,
             generator,
             update.update if feedback else (),
         )
         if feedback:
             # Names that did not travel this round keep what was lost before.
+            lost = ranks.padded(lost, level)
             residual = {**residual, **{name: tensor.cpu() for name, tensor in lost.items()}}
         moved, buffers, extra = layout.parted(received, tensors)
-        arrived = dataclasses.replace(update, update=moved, buffers=buffers, extra=extra)
+        arrived = dataclasses.replace(
+            update,
+            update=ranks.padded(moved, level),
+            buffers=buffers,
+            extra=ranks.padded_each(extra, level),
+        )
         return Upload(arrived, residual, payload)
 
     def uplink_size(self, update: ClientUpdate) -> PayloadSize:
@@ -240,7 +270,8 @@ class Channel:
 
     def _of(self, update: ClientUpdate) -> Layout:
         tensors = {**update.update, **update.buffers}
-        return self._layout("uplink", tensors, update.buffers, update.update)
+        level = self.ranks.level(update.client)
+        return self._layout("uplink", tensors, update.buffers, update.update, level)
 
     def _layout(
         self,
@@ -248,10 +279,11 @@ class Channel:
         tensors: State,
         buffers: Collection[str],
         trained: Collection[str],
+        level: Level,
     ) -> Layout:
-        key = (direction, frozenset(tensors), frozenset(trained))
+        key = (direction, frozenset(tensors), frozenset(trained), level)
         if key not in self._layouts:
-            plain = schema_of(tensors)
+            plain = schema_of(self.ranks.cut(tensors, level))
             exact = tuple(n for n in plain if n in buffers)
             groups = self._groups[direction]
             schema: Schema = {**plain, **{f"{g}/{n}": plain[n] for g in groups for n in trained}}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from ...comm.state import State, join_groups, split_groups
+from ...comm.state import State
 from ..state import ClientUpdate, CohortMean, Refused
 from .mean import Aggregate
+from .ranks import ClientRanks, Level
 
 
 class Cohort:
@@ -19,6 +20,13 @@ class Cohort:
         groups: what the strategy sends beside an update, each group with its names.
         aggregate: how several states become one.
         keep: whether the single updates are kept until the end, beside what they are summed to.
+        ranks: which columns each client has; all by default.
+        levels: the ranks of the clients that may send something.
+
+    Attributes:
+        count: updates taken in.
+        levels: the ranks of their clients.
+        refused: updates that are not used.
     """
 
     def __init__(
@@ -28,23 +36,29 @@ class Cohort:
         groups: Sequence[str],
         aggregate: Callable[[State], Aggregate],
         keep: bool = False,
+        ranks: ClientRanks | None = None,
+        levels: Collection[Level] = (None,),
     ) -> None:
-        self._updates = aggregate(like)
+        self._ranks = ranks or ClientRanks()
+        self._updates = self._ranks.aggregate(like, levels, aggregate)
         self._buffers = aggregate(buffers)
-        self._extra = aggregate(join_groups(dict.fromkeys(groups, like)))
-        self._groups = groups
+        self._extra = {g: self._ranks.aggregate(like, levels, aggregate) for g in groups}
         self._examples = 0
         self._loss = 0.0
         self._keep = keep
         self._kept: list[tuple[ClientUpdate, float]] = []
         self.count = 0
+        self.levels: set[Level] = set()
         self.refused: list[Refused] = []
 
     def add(self, update: ClientUpdate, weight: float) -> None:
         """Take in a client's update."""
-        self._updates.add(update.update, weight)
+        level = self._ranks.level(update.client)
+        self._updates.add(self._ranks.cut(update.update, level), weight)
         self._buffers.add(update.buffers, weight)
-        self._extra.add(join_groups(update.extra), weight)
+        for group, state in update.extra.items():
+            self._extra[group].add(self._ranks.cut(state, level), weight)
+        self.levels.add(level)
         self._loss += update.train_loss * update.num_examples
         self._examples += update.num_examples
         self.count += 1
@@ -53,9 +67,7 @@ class Cohort:
 
     def mean(self, population: int) -> CohortMean:
         """The means, and the share of the population that they are of."""
-        extra: dict[str, State] = {group: {} for group in self._groups} | split_groups(
-            self._extra.result()
-        )
+        extra = {group: aggregate.result() for group, aggregate in self._extra.items()}
         total = sum(weight for _, weight in self._kept)
         return CohortMean(
             self._updates.result(),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...comm.state import State
 from ..errors import ArgumentsError
+
+#: A part of a tensor.
+Where = tuple[slice, ...]
 
 
 class Aggregate(ABC):
@@ -101,6 +105,42 @@ class TrimmedMean(Aggregate):
         return torch.view_as_complex(middle) if values.is_complex() else middle
 
 
+class ByColumn(Aggregate):
+    """Every part of the states aggregated over those that have it.
+
+    Args:
+        like: names, shapes and dtypes of whole states.
+        regions: disjoint parts of all tensors, by whoever has them.
+        base: aggregates one part.
+    """
+
+    def __init__(
+        self,
+        like: State,
+        regions: Mapping[Any, Sequence[tuple[str, Where]]],
+        base: Callable[[State], Aggregate],
+    ) -> None:
+        self._like = like
+        self._parts = [(where, base(_pieces(like, where))) for where in regions.values()]
+
+    def add(self, state: State, weight: float) -> None:
+        """Add a state, whose shapes tell which parts it has."""
+        for where, aggregate in self._parts:
+            name, at = where[0]
+            if all(
+                s.stop is None or s.stop <= n for s, n in zip(at, state[name].shape, strict=False)
+            ):
+                aggregate.add(_pieces(state, where), weight)
+
+    def result(self) -> State:
+        """See :class:`Aggregate`; zero where nobody had anything."""
+        found = {n: torch.zeros_like(t) for n, t in self._like.items()}
+        for where, aggregate in self._parts:
+            for (name, at), piece in zip(where, aggregate.result().values(), strict=True):
+                found[name][at] = piece
+        return found
+
+
 def aggregate_from_name(name: str) -> Callable[[State], Aggregate]:
     """The aggregate of a name: ``mean``, ``median`` or ``trimmed_mean:SHARE``.
 
@@ -122,6 +162,10 @@ def aggregate_from_name(name: str) -> Callable[[State], Aggregate]:
             f"{name!r}"
         )
     return functools.partial(TrimmedMean, share=share)
+
+
+def _pieces(state: State, where: Sequence[tuple[str, Where]]) -> State:
+    return {f"{i}": state[name][at] if at else state[name] for i, (name, at) in enumerate(where)}
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

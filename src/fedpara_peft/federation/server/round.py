@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...comm.errors import PayloadError
 from ...comm.ledger import Direction, Ledger
-from ...comm.payload import Payload, PayloadSize
 from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
 from ..state import (
-    Broadcast,
     ClientUpdate,
     CohortMean,
     LocalSteps,
@@ -26,10 +24,11 @@ from ..state import (
 )
 from ..strategies import Strategy, has_own_loss
 from .admission import checked, require_quorum
-from .channel import Channel, Layout
+from .channel import Channel, Layout, Sent
 from .cohort import Cohort
 from .mean import aggregate_from_name
 from .privacy import GaussianMechanism
+from .ranks import ClientRanks, Level
 from .sampling import drop_outs, sample_cohort
 from .schedule import resting_factors
 
@@ -47,10 +46,9 @@ class OpenRound:
         resting: parameters that do not change in it.
         server: the server, with the downlink's new residual.
         part: the parameters of it that change.
-        uplink: what they send.
-        broadcast: what the clients receive.
-        size: length of its payload.
-        payload: the payload itself, where one was asked for.
+        uplink: what they send, of all columns.
+        sent: what they receive, by their rank, each with its payload where one was asked for.
+        ranks: which columns each client has.
         updates: what has been taken in so far.
     """
 
@@ -61,15 +59,18 @@ class OpenRound:
     server: ServerState
     part: ServerState
     uplink: Layout
-    broadcast: Broadcast
-    size: PayloadSize
-    payload: Payload | None
+    sent: Mapping[Level, Sent]
+    ranks: ClientRanks
     updates: Cohort
 
     @property
     def reporting(self) -> list[int]:
         """The clients that train."""
         return [client for client in self.cohort if client not in self.dropped]
+
+    def sent_to(self, client: int) -> Sent:
+        """What a client of the cohort receives."""
+        return self.sent[self.ranks.level(client)]
 
 
 class RoundServer:
@@ -133,27 +134,32 @@ class RoundServer:
         resting = frozenset(resting_factors(self._products, number))
         uplink = self._channel.layout("uplink", server, resting)
         part = server.restricted(uplink.params)
-        sent = self._channel.downlink(
-            server, self._strategy.broadcast(part), resting, encode=encode
-        )
+        ranks, extra = self._channel.ranks, self._strategy.broadcast(part)
+        levels = dict.fromkeys(ranks.level(client) for client in cohort)
+        sent = {
+            level: self._channel.downlink(server, extra, resting, level, encode=encode)
+            for level in levels
+        }
         buffers = {n: server.params[n] for n in uplink.buffers}
         return OpenRound(
             number=number,
             cohort=tuple(cohort),
             dropped=tuple(dropped),
             resting=resting,
-            server=sent.server,
+            # Residuals of several ranks' payloads there are none; see ranks.py.
+            server=next(iter(sent.values())).server,
             part=part,
             uplink=uplink,
-            broadcast=sent.broadcast,
-            size=sent.size,
-            payload=sent.payload,
+            sent=sent,
+            ranks=ranks,
             updates=Cohort(
                 part.params,
                 buffers,
                 self._strategy.uplink,
                 self._aggregate,
                 self._strategy.sees_updates,
+                ranks,
+                levels,
             ),
         )
 
@@ -183,9 +189,12 @@ class RoundServer:
             raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
         if self._strategy.sees_updates and steps is None:
             raise PayloadError("malformed", "it does not say how many steps it made")
-        form = opened.uplink.form
+        ranks, level = opened.ranks, opened.ranks.level(client)
+        layout = self._channel.layout("uplink", opened.server, opened.resting, level)
+        form = layout.form
         found: State = form.decode(payload, opened.number) if form.schema else {}
-        moved, buffers, beside = opened.uplink.parted(found, opened.server.params)
+        moved, buffers, beside = layout.parted(found, opened.server.params)
+        moved, beside = ranks.padded(moved, level), ranks.padded_each(beside, level)
         update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers, steps)
         return checked(update, self._args)
 
@@ -220,6 +229,7 @@ class RoundServer:
         stepped = opened.part
         if updates.count or self._privacy is not None:  # that nobody came must not show
             stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
+            stepped = opened.ranks.with_resting(stepped, opened.part, updates.levels)
         params = {**stepped.params, **updates.buffers()}
         next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
         return opened.server.updated(next_round), mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class _Adaptive(Strategy):
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    ranks_may_differ: ClassVar[bool] = True
 
     def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move by the normalized first moment."""

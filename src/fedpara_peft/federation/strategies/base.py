@@ -54,6 +54,9 @@ class Strategy:
     #: Whether :meth:`server_step` is given the single updates beside their mean. The server then
     #: holds them all until the round closes, and noise on the mean would protect none of them.
     sees_updates: ClassVar[bool] = False
+    #: Whether its algebra holds entry by entry where clients lack entries: those of a lower rank
+    #: have no update of them, and none counts in their mean. Sums over clients do not.
+    ranks_may_differ: ClassVar[bool] = False
 
     def obstacle(self, args: FederatedArguments) -> str | None:
         """Which of these settings the strategy's algebra does not allow; None if all are fine."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .base import Strategy
 
 
@@ -10,3 +12,5 @@ class FedAvg(Strategy):
 
     w_{t+1} = Σ_i (n_i / n) w_i = w_t + Σ_i (n_i / n) (w_i - w_t)
     """
+
+    ranks_may_differ: ClassVar[bool] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..state import CohortMean, ServerState
 from .base import Strategy, advance, moment
@@ -21,6 +22,7 @@ class FedAvgM(Strategy):
 
     server_momentum: float = 0.9
     server_learning_rate: float = 1.0
+    ranks_may_differ: ClassVar[bool] = True
 
     def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move along the momentum of mean updates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..state import Broadcast
 from .base import Correction, Kept, Strategy
@@ -19,6 +20,7 @@ class FedProx(Strategy):
     """
 
     mu: float = 0.01
+    ranks_may_differ: ClassVar[bool] = True
 
     def correction(self, broadcast: Broadcast, kept: Kept) -> Correction | None:
         """Add the proximal term's gradient, μ (w - w_t)."""

@@ -11,3 +11,4 @@ class LocalOnly(Strategy):
     """Nothing travels; whatever is trainable stays with its client."""
 
     communicates: ClassVar[bool] = False
+    ranks_may_differ: ClassVar[bool] = True

@@ -18,6 +18,7 @@ from ...federation.data.batches import Collator
 from ...federation.data.loss import LossFunction
 from ...federation.errors import ArgumentsError
 from ...federation.observers.callbacks import FederatedCallback
+from ...federation.server.ranks import GivenRanks
 from ...federation.strategies import Strategy
 from .messages import answer_record, introduction_record, read_job
 from .node import Answer, Node, NodeSetup
@@ -41,6 +42,7 @@ def server_app(
     callbacks: Sequence[FederatedCallback] = (),
     deadline_s: float = 600.0,
     resume: bool = True,
+    client_ranks: GivenRanks | None = None,
 ) -> ServerApp:
     """The server of a federation.
 
@@ -61,6 +63,8 @@ def server_app(
         callbacks: called on the server.
         deadline_s: seconds that a round waits for answers.
         resume: continue from the newest checkpoint in ``output_dir``, if there is one.
+        client_ranks: how many columns of every factor each client trains, by client index; what
+            its node says must be the same, or what it sends is refused.
     """
     app = ServerApp()
 
@@ -77,6 +81,7 @@ def server_app(
             callbacks,
             deadline_s,
             resume,
+            client_ranks,
         )
         FederationServer(setup).run(grid)
 
@@ -95,6 +100,7 @@ def client_app(
     data_collator: Collator | None = None,
     worker: bool = False,
     worker_idle_s: float = 600.0,
+    client_ranks: GivenRanks | None = None,
 ) -> ClientApp:
     """A client of a federation, on its node.
 
@@ -113,6 +119,7 @@ def client_app(
         worker: train in a process that stays alive between messages, so that torch, model and data
             are loaded once; Flower starts a new process for every message.
         worker_idle_s: seconds without a message after which that process ends.
+        client_ranks: how many columns of every factor the node's client trains, by client index.
     """
     app = ClientApp()
     made: list[tuple[NodeSetup, Node]] = []
@@ -132,6 +139,7 @@ def client_app(
             strategy,
             compute_loss,
             data_collator,
+            client_ranks,
         )
         if worker:
             return RemoteNode(setup, worker_idle_s)

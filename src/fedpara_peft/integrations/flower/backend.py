@@ -98,13 +98,11 @@ class FlowerBackend:
         clients = set(opened.reporting)
         if clients and not self._directory.wait_for(clients, self._deadline_s, all=False):
             logger.warning("round %d: no sampled client is connected", opened.number + 1)
-        payload = opened.payload.data if opened.payload else b""
-        jobs = {
-            client: job_record(
-                Job(self._run_name, opened.number, self._used.get(client, 0), self._needed, payload)
-            )
-            for client in opened.reporting
-        }
+        jobs = {}
+        for client in opened.reporting:
+            payload = opened.sent_to(client).payload
+            data, kept = payload.data if payload else b"", self._used.get(client, 0)
+            jobs[client] = job_record(Job(self._run_name, opened.number, kept, self._needed, data))
         group = str(opened.number + 1)
         self._pending = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
         return list(self._pending.expected.values())

@@ -26,6 +26,7 @@ from ...federation.folder.checkpoint import must_agree
 from ...federation.folder.store import DiskStore
 from ...federation.server.admission import usable_state
 from ...federation.server.channel import Channel
+from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.schedule import factor_blocks, resting_factors
 from ...federation.state import Broadcast, ClientState, ServerState
 from ...federation.strategies import Strategy, as_strategy
@@ -52,6 +53,8 @@ class NodeSetup:
         strategy: the federated optimizer, the server's own.
         compute_loss: ``(model, batch) -> loss``, ``(loss, logits)`` or ``(loss, logits, terms)``.
         data_collator: makes a batch from rows.
+        client_ranks: how many columns the node's client trains; see
+            :mod:`~fedpara_peft.federation.server.ranks`.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -61,6 +64,7 @@ class NodeSetup:
     strategy: Strategy | type[Strategy] | str | None = None
     compute_loss: LossFunction | None = None
     data_collator: Collator | None = None
+    client_ranks: GivenRanks | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class Node:
         model = setup.model_fn().to(accelerator.device)
         loss = setup.compute_loss or DefaultLoss(args.label_column)
         self._strategy = strategy
-        self._channel = Channel(args, strategy)
+        ranks = ranks_of(model, args, strategy, setup.client_ranks, None)
+        self._channel = Channel(args, strategy, ranks)
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
         self._products = factor_blocks(model, args.factor_schedule)
         self._data: dict[int, Any] = {}
@@ -174,8 +179,9 @@ class Node:
     def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
         resting = frozenset(resting_factors(self._products, job.round))
         local, kept = self._local, store.get(client)
-        broadcast = self._received(job, resting)
+        broadcast = self._received(client, job, resting)
         state = usable_state(kept, local.local, local.shared, client)
+        state = self._channel.ranks.own(state, local.first_local, client)
         data = self._dataset(client)
 
         def train() -> Trained:
@@ -196,14 +202,17 @@ class Node:
         steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
         return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
 
-    def _received(self, job: Job, resting: frozenset[str]) -> Broadcast:
+    def _received(self, client: int, job: Job, resting: frozenset[str]) -> Broadcast:
         """The broadcast, checked against this node's own model."""
         shared = self._local.shared
         server = ServerState(job.round, shared, buffers=self._local.buffers)
-        layout = self._channel.layout("downlink", server, resting)
+        ranks = self._channel.ranks
+        level = ranks.level(client)
+        layout = self._channel.layout("downlink", server, resting, level)
         found = layout.form.decode(job.payload, job.round) if layout.form.schema else {}
         params, buffers, extra = layout.parted(found, shared)
-        return Broadcast({**params, **buffers}, extra)
+        params = ranks.padded(params, level)
+        return Broadcast({**params, **buffers}, ranks.padded_each(extra, level))
 
     def _dataset(self, client: int) -> Any:
         if client not in self._data:

@@ -27,6 +27,7 @@ from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
 from ...federation.server.channel import Channel
+from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
 from ...federation.server.schedule import factor_blocks
 from ...federation.state import ServerState
@@ -53,6 +54,8 @@ class ServerSetup:
         callbacks: called on the server.
         deadline_s: how long a round waits for answers, and its beginning for nodes.
         resume: continue from the newest checkpoint in ``output_dir``, if there is one.
+        client_ranks: how many columns each client trains, as its node has it; see
+            :mod:`~fedpara_peft.federation.server.ranks`.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -66,6 +69,7 @@ class ServerSetup:
     callbacks: Sequence[FederatedCallback] = ()
     deadline_s: float = 600.0
     resume: bool = True
+    client_ranks: GivenRanks | None = None
 
 
 class FederationServer:
@@ -96,6 +100,9 @@ class FederationServer:
             loss, setup.compute_metrics, collator, args.label_column, args.seed,
         )  # fmt: skip
         self._eval_data = setup.eval_data_fn() if setup.eval_data_fn else None
+        clients = range(setup.num_clients)
+        self._ranks = ranks_of(self._model, args, self._strategy, setup.client_ranks, clients)
+        self._rank_facts = self._ranks.facts(clients)
 
     def run(self, grid: Grid) -> History:
         """Run all rounds with the nodes of a grid.
@@ -113,12 +120,13 @@ class FederationServer:
         rounds = RoundServer(
             args,
             strategy,
-            Channel(args, strategy),
+            Channel(args, strategy, self._ranks),
             num_examples,
             ServerState(0, local.shared, buffers=local.buffers),
             factor_blocks(self._model, args.factor_schedule),
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
+        facts |= self._rank_facts  # of which a node knows its own client's
         backend = FlowerBackend(grid, args, rounds, num_examples, setup.deadline_s, expected)
         run = Run(
             args, strategy, backend, rounds, local, Crew(self._accelerator), self._trackers,
