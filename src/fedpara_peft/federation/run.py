@@ -29,12 +29,13 @@ from .observers.best import Best
 from .observers.callbacks import Callbacks, FederatedCallback
 from .observers.control import FederatedControl
 from .observers.log import tell_round
+from .observers.measures import peak_memory_bytes, work_of
 from .observers.progress import Progress, progress
 from .observers.trackers import Trackers
 from .server.averaging import AveragingBias
 from .server.privacy import noise_seed
 from .server.round import OpenRound, RoundServer
-from .state import Refused, RoundReport, ServerState, placed_like
+from .state import Outcome, Refused, RoundReport, ServerState, placed_like
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
@@ -212,12 +213,13 @@ class Run:
             bias = AveragingBias(self.model, self._local.shared, self._server.params)
         came: set[int] = set()
         failed: list[Refused] = []
-        times: list[float | None] = []
+        sent: list[Outcome] = []
         for outcome in bars.within(self._backend.outcomes(opened), len(opened.reporting)):
             if outcome.reported:
                 came.add(outcome.client)
             if outcome.size is not None:
-                times.append(outcome.seconds)
+                # Counts alone: a cohort's tensors need not all be held.
+                sent.append(dataclasses.replace(outcome, update=None, sent=None, payload=b""))
                 self.ledger.record(number, outcome.client, "uplink", outcome.size)
             if outcome.refused is not None:
                 self._rounds.refuse(opened, outcome.refused)
@@ -236,8 +238,11 @@ class Run:
             time.perf_counter() - start,
             dropped=[client for client in opened.reporting if client not in came],
             averaging_bias=None if bias is None else bias.result(mean.update),
-            slowest_client_s=_slowest(times),
+            slowest_client_s=_slowest([outcome.seconds for outcome in sent]),
         )
+        steps, terms = work_of(sent)
+        peak = peak_memory_bytes(self._local.device)
+        report = dataclasses.replace(report, local_steps=steps, terms=terms, peak_memory_bytes=peak)
         self._local.load(ended.params)
         if self._due(self._args.eval_every, number):
             report = self._evaluated(ended, report)

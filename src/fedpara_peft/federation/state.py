@@ -160,6 +160,8 @@ class Outcome:
         payload: what it sent, in bytes, where they were asked for.
         sent: what it sent, also where the server uses nothing of it.
         reported: whether it answered at all; False for a stray message of a silent client.
+        steps: its local steps; None where it does not tell.
+        terms: the terms of their losses: examples, or tokens that count; likewise.
     """
 
     client: int
@@ -171,6 +173,8 @@ class Outcome:
     payload: bytes = b""
     sent: ClientUpdate | None = None
     reported: bool = True
+    steps: int | None = None
+    terms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,14 @@ class RoundReport:
         slowest_client_s: training time of the slowest client that sent something, on the machine
             that simulated it (with the batched engine, an equal share of its stack's time); None
             where it was not measured.
+        local_steps: steps of the clients that sent something, together; None where some did not
+            tell (nodes do not).
+        terms: what those steps' losses are means of, together: examples, or tokens that count.
+        peak_memory_bytes: the most that this process, the main one, has held up to now: of the
+            accelerator's memory, or without one of the machine's; None where it is not known.
+
+    The last three are of the machine and the engine, so reports that differ in nothing else are
+    equal.
     """
 
     round: int
@@ -235,6 +247,14 @@ class RoundReport:
     averaging_bias: float | None = None
     epsilon: float | None = None
     slowest_client_s: float | None = None
+    local_steps: int | None = field(default=None, compare=False)
+    terms: float | None = field(default=None, compare=False)
+    peak_memory_bytes: int | None = field(default=None, compare=False)
+
+    @property
+    def terms_per_s(self) -> float | None:
+        """Examples, or tokens that count, trained on a second of the round's wall-clock time."""
+        return None if self.terms is None or not self.seconds else self.terms / self.seconds
 
 
 def placed_like(server: ServerState, like: State) -> ServerState:

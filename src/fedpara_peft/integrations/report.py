@@ -110,6 +110,16 @@ def _overview(run: Run) -> str:
     if slowest:
         shown = f"{sum(slowest):,.1f} s, the slowest of every round"
         rows.append(("clients' training", shown))
+    terms = [r.terms for r in reports if r.terms is not None]
+    if terms and len(terms) == len(reports):
+        steps = sum(r.local_steps or 0 for r in reports)
+        spent = sum(r.seconds for r in reports)
+        speed = f", {sum(terms) / spent:,.0f} a second" if spent else ""
+        shown = f"{sum(terms):,.0f} examples, or tokens that count, in {steps:,} local steps{speed}"
+        rows.append(("trained on", shown))
+    peaks = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
+    if peaks:
+        rows.append(("peak memory", f"{_size(max(peaks))}, of the main process"))
     note = f'<p class="note">Read from {escape(run.source)}.</p>'
     return f"{note}\n{_table(rows)}"
 

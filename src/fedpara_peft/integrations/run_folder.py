@@ -88,13 +88,14 @@ def _checked(report: RoundReport) -> RoundReport:
     """The report, if its values are of the kinds that it says; else a TypeError."""
     counts = (report.round, report.uplink_bytes, report.downlink_bytes, report.header_bytes)
     optional = (report.train_loss, report.averaging_bias, report.epsilon, report.slowest_client_s)
+    measured = (report.local_steps, report.terms, report.peak_memory_bytes)
     own = [value for values in report.client_metrics.values() for value in values.values()]
     if not all(isinstance(count, int) for count in counts):
         raise TypeError(f"{counts} stand for a round and bytes")
     for client in (*report.cohort, *report.dropped, *(client for client, _ in report.refused)):
         if not isinstance(client, int | str):
             raise TypeError(f"{client!r} stands for a client")
-    for value in (report.seconds, *optional, *report.metrics.values(), *own):
+    for value in (report.seconds, *optional, *measured, *report.metrics.values(), *own):
         if not isinstance(value, int | float | None):
             raise TypeError(f"{value!r} stands for a number")
     if report.seconds is None or not all(isinstance(reason, str) for _, reason in report.refused):

@@ -70,6 +70,7 @@ class Trained:
         steps: how it trained.
         local: its tensors of local scope.
         optimizer: what it keeps of its optimizer.
+        terms: what it trained on: rows, or tokens that count, each as often as it was seen.
     """
 
     turn: Turn
@@ -77,6 +78,7 @@ class Trained:
     steps: LocalSteps
     local: State
     optimizer: Kept
+    terms: float | None = None
 
     @property
     def active(self) -> dict[str, State]:
@@ -168,6 +170,11 @@ class LocalTrainer:
             _copy(list(self.shared.values()), [params[n] for n in self.shared])
             _copy(list(self.local.values()), [local[n] for n in self.local])
             _copy(self._resting, self._first_resting)
+
+    @property
+    def device(self) -> torch.device:
+        """Where clients train."""
+        return self._accelerator.device
 
     def name(self, client: int) -> Any:
         """A client's name, for messages."""
@@ -273,7 +280,7 @@ class LocalTrainer:
         buffers = {n: shared[n].clone() for n in start if n in self.buffers}
         told = steps if self._strategy.sees_updates else None
         sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers, told)
-        trained = Trained(turn, sent, steps, local, stepped.kept)
+        trained = Trained(turn, sent, steps, local, stepped.kept, stepped.terms)
         extra = self._strategy.client_extra(turn.seen, trained.active, update, steps)
         return replace(trained, update=replace(sent, extra=extra))
 

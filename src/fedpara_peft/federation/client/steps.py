@@ -40,12 +40,14 @@ class Stepped:
         steps: how it trained.
         stuck: whether every gradient was clipped to nothing.
         kept: what it keeps of its optimizer.
+        terms: of its batches, together: rows, or tokens that count.
     """
 
     loss: float
     steps: LocalSteps
     stuck: bool
     kept: Kept
+    terms: float
 
 
 class Steps:
@@ -140,14 +142,17 @@ class Steps:
             raise nothing_counts()
         means = (torch.linalg.vecdot(losses, terms, dim=0) / totals).expand(clients).tolist()
         counts = torch.as_tensor(self._count).expand(clients).tolist()
+        seen = totals.expand(clients).tolist()
         weights = _as_double([self._weights.total])[0].expand(clients).tolist()
         kept = self._kept()
         return [
             Stepped(
                 mean, LocalSteps(count, self.rate, weight if self._sums else None), weight == 0,
-                kept if self._stack is None else unstacked(kept, client),
+                kept if self._stack is None else unstacked(kept, client), total,
             )
-            for client, (mean, count, weight) in enumerate(zip(means, counts, weights, strict=True))
+            for client, (mean, count, weight, total) in enumerate(
+                zip(means, counts, weights, seen, strict=True)
+            )
         ]  # fmt: skip
 
     def _clip(self) -> Tensor | float:

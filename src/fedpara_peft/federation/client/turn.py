@@ -94,19 +94,20 @@ class Turns:
                 raise
             said = str(error).removeprefix(f"client {name!r}: ")
             text = f"it failed: {type(error).__name__}: {said}"
-            refused = Refused(client, "failed", text, error)
-            return Outcome(client, refused=refused, seconds=seconds)
+            failed = Refused(client, "failed", text, error)
+            return Outcome(client, refused=failed, seconds=seconds)
         payload = found.payload.data if found.payload else b""
+        told = found.size is not None
+        refused: Refused | None = None
         if found.refused is not None:
             refused = Refused(client, found.refused.reason, str(found.refused))
-            return Outcome(
-                client, found.size, refused=refused, seconds=seconds, payload=payload, sent=sent
-            )
-        if found.state:
+        elif found.state:
             store.put(client, round + 1, found.state)
+        keeps = refused is None and bool(found.state)
         return Outcome(
-            client, found.size, found.update, keeps_state=bool(found.state), seconds=seconds,
-            payload=payload, sent=sent,
+            client, found.size, None if refused else found.update, refused, keeps, seconds, payload,
+            sent, steps=trained.steps.count if told else None,
+            terms=trained.terms if told else None,
         )  # fmt: skip
 
 

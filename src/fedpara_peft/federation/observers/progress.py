@@ -16,7 +16,7 @@ _LONG_S = 2.0
 
 
 class Progress:
-    """Two bars: rounds, and the clients of the present one.
+    """Two bars: rounds, and the clients of the present one; tqdm tells the time that is left.
 
     Args:
         total: rounds of the run.
@@ -35,7 +35,11 @@ class Progress:
             total=total, desc="clients", unit="client", leave=False, delay=_LONG_S,
             disable=self._disable,
         ) as bar:  # fmt: skip
+            terms, steps = 0.0, 0
             for outcome in outcomes:
+                if not (self._disable or outcome.terms is None or outcome.steps is None):
+                    terms, steps = terms + outcome.terms, steps + outcome.steps
+                    bar.set_postfix(_work(bar, terms, steps), refresh=False)
                 bar.update()
                 yield outcome
 
@@ -65,9 +69,19 @@ def progress(total: int, done: int, disable: bool) -> Iterator[Progress]:
         bars.close()
 
 
+def _work(bar: tqdm, terms: float, steps: int) -> dict[str, str]:
+    """What the present round's clients have done: steps a client, and terms a second."""
+    shown = {"steps/client": f"{steps / (bar.n + 1):.3g}"}
+    if (elapsed := bar.format_dict["elapsed"]) > 0:
+        shown["terms/s"] = f"{terms / elapsed:,.0f}"  # examples, or tokens that count
+    return shown
+
+
 def _facts(reports: Sequence[RoundReport], sent: int) -> dict[str, str]:
     loss = reports[-1].train_loss
     shown = {"loss": "-" if loss is None else f"{loss:.3f}", "sent": shown_bytes(sent)}
+    if reports[-1].terms_per_s is not None:
+        shown["terms/s"] = f"{reports[-1].terms_per_s:,.0f}"
     metrics = next((r.metrics for r in reversed(reports) if r.metrics), {})
     for name in ("eval_accuracy", "client_accuracy_mean"):
         if name in metrics:

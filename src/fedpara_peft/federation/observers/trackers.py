@@ -87,6 +87,9 @@ def _numbers(report: RoundReport) -> Mapping[str, Any]:
         "dropped": len(report.dropped),
         "seconds": report.seconds,
         "slowest_client_s": report.slowest_client_s,
+        "local_steps": report.local_steps,
+        "terms_per_s": report.terms_per_s,
+        "peak_memory_bytes": report.peak_memory_bytes,
         "averaging_bias": report.averaging_bias,
         "epsilon": report.epsilon,
     }
