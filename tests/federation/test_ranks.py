@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,6 +181,19 @@ def test_no_optimizer_moves_what_a_client_has_not(tmp_path, optim):
         moved = (after[name] != before[name]).nonzero()
         assert len(moved)
         assert all(int(moved[:, dim].max()) < 2 for dim in columns[name].dims)
+
+
+@pytest.mark.parametrize("strategy", [FedAvgM(), FedAdam()])
+def test_factors_that_take_turns_have_ranks_too(tmp_path, strategy):
+    model, watch = make("fedpara"), Watch()
+    columns = factor_columns(model)
+    ranks = [numpy.int64(2), 1, 2, 1, numpy.float64(0.5)]
+    train(tmp_path, model, ranks, strategy, [watch], num_rounds=8, factor_schedule="one_block")
+    before, after = watch.seen[0][1]["params"], watch.seen[-1][1]["params"]
+    for name in columns:
+        moved = (before[name] != after[name]).nonzero()
+        assert len(moved)
+        assert all(int(moved[:, dim].max()) == 1 for dim in columns[name].dims)
 
 
 class Restless(torch.optim.SGD):
@@ -470,10 +484,10 @@ def test_high_columns_do_not_vanish_in_a_hundred_rounds(tmp_path):
     [
         ([1, 2], "2 ranks for 5 clients"),
         ({"nobody": 1}, "which are no clients"),
-        ([0, 1, 1, 1, 1], "rank 0"),
-        ([1, True, 1, 1, 1], "rank True"),
-        ([1, 1.5, 1, 1, 1], "rank 1.5"),
-        (lambda client: "two", "rank 'two'"),
+        ([0, 1, 1, 1, 1], "client 0: 0 is no rank"),
+        ([1, True, 1, 1, 1], "client 1: True is no rank"),
+        ([1, 1.5, 1, 1, 1], "client 1: 1.5 is no rank"),
+        (lambda client: "two", "client 0: 'two' is no rank"),
     ],
 )
 def test_what_is_no_rank_is_refused(tmp_path, ranks, message):

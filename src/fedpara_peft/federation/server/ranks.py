@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ...comm.codecs import as_codec
 from ...comm.state import State
 from ...tuner.ranks import Columns, factor_columns
 from ..arguments import FederatedArguments
-from ..errors import ArgumentsError
+from ..errors import ArgumentsError, about
 from ..state import Broadcast, ClientState, ServerState
 from ..strategies import Strategy
 from .mean import Aggregate, ByColumn, Where
@@ -60,12 +61,12 @@ class ClientRanks:
         """A client's rank; None if it has every column.
 
         Raises:
-            ArgumentsError: it is no rank.
+            ArgumentsError: what was given for it is no rank.
         """
         if self._rank_of is None:
             return None
         if client not in self._levels:
-            self._levels[client] = self._checked(self._rank_of(client), client)
+            self._levels[client] = self._level(self._rank_of(client))
         return self._levels[client]
 
     def cut(self, state: State, level: Level) -> State:
@@ -149,8 +150,8 @@ class ClientRanks:
     ) -> ServerState:
         """A server after its step, but with the columns that nobody sent as they were before it.
 
-        A server optimizer with momentum would go on moving them. What it begins to keep in this
-        very round has no value before, and is as it made it from an update of zero.
+        A server optimizer with momentum would go on moving them. What it begins to keep of a factor
+        in this very round has no value before, and is as it made it from an update of zero.
 
         Args:
             after: the step's result.
@@ -161,11 +162,13 @@ class ClientRanks:
             return after
 
         def rested(new: State, old: State) -> State:
-            return {n: self._rested(n, t, old[n], levels) for n, t in new.items()}
+            return {
+                n: self._rested(n, t, old[n], levels) if n in old else t for n, t in new.items()
+            }
 
         optimizer = {
-            group: rested(s, before.optimizer[group]) if group in before.optimizer else s
-            for group, s in after.optimizer.items()
+            group: rested(state, before.optimizer.get(group, {}))
+            for group, state in after.optimizer.items()
         }
         return dataclasses.replace(
             after, params=rested(after.params, before.params), optimizer=optimizer
@@ -176,15 +179,9 @@ class ClientRanks:
         levels = [self.level(client) for client in clients]
         return {} if all(level is None for level in levels) else {"client_ranks": levels}
 
-    def _checked(self, rank: Any, client: int) -> Level:
-        whole = isinstance(rank, int) and not isinstance(rank, bool)
-        if not (whole and rank >= 1) and not (isinstance(rank, float) and 0 < rank <= 1):
-            raise ArgumentsError(
-                f"client {client} has rank {rank!r:.80}: give a number of columns of at least 1, "
-                "or a share of every weight's columns in (0, 1]"
-            )
-        whole_of = (self._count(name, rank) == c.r for name, c in self._columns.items())
-        return None if all(whole_of) else rank
+    def _level(self, rank: Rank) -> Level:
+        whole = all(self._count(name, rank) == c.r for name, c in self._columns.items())
+        return None if whole else rank
 
     def _count(self, name: str, level: Level) -> int:
         r = self._columns[name].r
@@ -266,11 +263,23 @@ def ranks_of(
 
     def rank_of(client: int) -> Rank:
         name = client if names is None else names[client]
-        if callable(given):
-            return given(name)
-        return given.get(name, 1.0) if isinstance(given, Mapping) else given[client]
+        with about(name):
+            if callable(given):
+                return _checked(given(name))
+            return _checked(given.get(name, 1.0) if isinstance(given, Mapping) else given[client])
 
     return ClientRanks(columns, rank_of)
+
+
+def _checked(rank: Any) -> Rank:
+    if isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1:
+        return int(rank)
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return float(rank)
+    raise ArgumentsError(
+        f"{rank!r:.80} is no rank: give a number of columns of at least 1, or a share of every "
+        "weight's columns in (0, 1]"
+    )
 
 
 def _require_known(given: GivenRanks, names: Sequence[Any]) -> None:
