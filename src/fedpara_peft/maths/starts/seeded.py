@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ..halves import Half
 from ..parameterizations import Parameterization
+
+#: Entries of a half that are summed together: as many as a processor's cache holds.
+_AT_A_TIME = 1 << 15
 
 
 def seeded_uniform(seed: int, name: str, shape: Sequence[int], variance: float) -> Tensor:
@@ -91,20 +94,22 @@ def base_digest(base: Tensor) -> str:
 
 
 def _compose_in_order(half: Half) -> Tensor:
-    """A half, summed over the rank term by term."""
+    """A half, summed over the rank term by term, some rows at a time (which changes no sum)."""
     x, y, t = half
-    r = x.shape[1]
-    if t is None:
-        return _sum_in_order(x[:, a, None] * y[None, :, a] for a in range(r))
-    kernel = t.shape[2:]
-    ones = [1] * len(kernel)
-    tx = _sum_in_order(x[:, a].view(-1, 1, *ones) * t[a].unsqueeze(0) for a in range(r))
-    return _sum_in_order(tx[:, b, None] * y[:, b].view(1, -1, *ones) for b in range(r))
-
-
-def _sum_in_order(terms: Iterable[Tensor]) -> Tensor:
-    total = None
-    for term in terms:
-        total = term if total is None else total.add_(term)
-    assert total is not None
-    return total
+    r, size = x.shape[1], (len(x), len(y), *(() if t is None else t.shape[2:]))
+    out = torch.zeros(size, dtype=x.dtype)
+    rows = max(1, _AT_A_TIME // max(1, out[0].numel()))
+    for start in range(0, len(x), rows):
+        part, total = x[start : start + rows], out[start : start + rows]
+        term = torch.empty_like(total)
+        if t is None:
+            for a in range(r):
+                total += torch.mul(part[:, a, None], y[None, :, a], out=term)
+            continue
+        ones = [1] * (t.dim() - 2)
+        tx = torch.zeros(len(part), *t.shape[1:], dtype=x.dtype)
+        for a in range(r):
+            tx += part[:, a].reshape(-1, 1, *ones) * t[a]
+        for b in range(r):
+            total += torch.mul(tx[:, b, None], y[:, b].reshape(1, -1, *ones), out=term)
+    return out
