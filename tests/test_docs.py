@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +20,8 @@ from fedpara_peft.comm.errors import Refusal
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"  # no code to run, but links to follow
+#: No code to run, but links to follow.
+OTHERS = [ROOT / name for name in ("benchmarks/RESULTS.md", "CONTRIBUTING.md", "SECURITY.md")]
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 _LANGUAGES = {"python", "sh", "text", "toml", ""}  # only Python is run
@@ -94,7 +96,7 @@ def test_the_readme_is_read_in_minutes():
     assert len(re.sub("<!--.*?-->", "", README.read_text(), flags=re.S).split()) <= 700
 
 
-@pytest.mark.parametrize("page", [*PAGES, RESULTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
@@ -116,6 +118,12 @@ def test_every_public_name_is_in_the_reference_once():
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert listed == {page.name for page in PAGES if page != README}
+
+
+def test_there_is_one_version():
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert cited[1] == packaged == fedpara_peft.__version__
 
 
 # When it fails.
