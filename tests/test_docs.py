@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 
 import fedpara_peft
-from fedpara_peft.cli.main import build_parser
+from fedpara_cli import build_parser
 from fedpara_peft.comm.errors import Refusal
 
 ROOT = Path(__file__).parent.parent
