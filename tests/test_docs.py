@@ -120,6 +120,12 @@ def test_every_page_is_in_the_navigation():
     assert listed == {page.name for page in PAGES if page != README}
 
 
+def test_the_landing_pages_picture_is_the_results():
+    shown = ROOT / "docs" / "pictures" / "accuracy-for-bytes.png"  # a site has only what is in docs
+    result = ROOT / "benchmarks" / "results" / "paper" / "cpu-shakespeare-figure3.png"
+    assert shown.read_bytes() == result.read_bytes()
+
+
 def test_there_is_one_version():
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
