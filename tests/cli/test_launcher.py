@@ -40,7 +40,7 @@ def ran(*argv):
 @pytest.mark.parametrize(
     ("argv", "status", "says"),
     [
-        (["--help"], 0, "convert between FedPara, LoRA and LoHa"),
+        (["--help"], 0, "write a page on a federated run"),
         (["--version"], 0, f"fedpara-peft {version('fedpara-peft')}\n"),
         (["plan", "--help"], 0, "--task-type"),
         (["completion", "bash"], 0, "--target-modules"),
