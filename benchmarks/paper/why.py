@@ -14,7 +14,7 @@ _CIFAR = Cell("cifar10", "cpu", "fedpara")
 
 
 def why(results: Results) -> str:
-    """The section of ``benchmarks/RESULTS.md`` after the claims."""
+    """The section of ``results/paper/claims.md`` after the claims."""
     gap = _mean(results, _low(_CIFAR, gamma=0.0)) - _mean(results, replace(_CIFAR, gamma=0.0))
     few = {m: _loss(results, m) for m in ("fedpara", "lowrank")}
     he = {m: _mean(results, replace(_CIFAR, method=m, variant=FAN_IN_HE))

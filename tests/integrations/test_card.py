@@ -1,13 +1,14 @@
 """Model cards: what is in them, what of a user's they keep, and that pushing keeps them."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model
 from tests.federation.test_trainer import arguments, toy
 from tests.hub import serve
@@ -16,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from fedpara_peft import FederatedTrainer, FedParaConfig, accuracy, partition
 from fedpara_peft.comm.ledger import shown_bytes
+from fedpara_peft.tuner.card import note_training
 
 BERT = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -115,6 +117,37 @@ def test_of_the_federated_trainer(tmp_path):
     assert "| codecs | int8 up, identity down |" in text
     assert f"| sent | {shown_bytes(history.total_bytes)} (" in text
     assert f"| eval_accuracy | {history[-1].metrics['eval_accuracy']:.4g} after round 2 |" in text
+    assert f"| learning rate | {args.learning_rate:g} |" in text
+
+
+def test_results_are_for_the_hub_to_read(tmp_path):
+    model = adapted(mlp())
+    note_training(model, {}, {"eval_accuracy": 0.91237, "eval_loss": float("nan")})
+    mine = EvalResult("other", "mnist", "MNIST", "accuracy", 0.5)
+    data = ModelCardData(model_name="mine", eval_results=[mine])
+    (tmp_path / "README.md").write_text(f"---\n{data}\n---\n# Mine\n")
+    for _ in range(2):  # written anew, not added to
+        card = card_of(model, tmp_path)
+    assert card.data.model_name == "mine"
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    ours = "evaluation data of the federated run"
+    assert found == {("MNIST", "accuracy"): 0.5, (ours, "accuracy"): 0.9124}
+
+
+def test_licence_citation_and_ranks(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    BertConfig(**BERT).save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Base\n")
+    card = card_of(bert(str(base)), tmp_path / "of a base")
+    assert card.data.license == "cc-by-4.0"
+    assert "`cc-by-4.0`, for the adapter" in card.text
+    assert "@inproceedings{hyeonwoo2022fedpara," in card.text
+    assert "| rank within reach / full rank | 4/32 |" in card.text
+    card = card_of(adapted(mlp(), gamma=0.4), tmp_path / "of none")
+    assert card.data.license is None
+    assert "put `license:` into this card's metadata" in card.text
+    assert re.search(r"full rank \| \d+/\d+( to \d+/\d+)? \|", card.text)
 
 
 def test_transformers_trainer_adds_to_it(tmp_path):

@@ -74,6 +74,30 @@ def test_a_full_run(tmp_path):
     assert "2.9" in page
 
 
+def markers(image):
+    """How often each shape is drawn, in the order of the drawing."""
+    uses = [node.get("{http://www.w3.org/1999/xlink}href") for node in image.iter()]
+    found = [use[1:] for use in uses if use and use.startswith("#m")]
+    return {name: found.count(name) for name in found}
+
+
+def test_every_evaluated_round_has_its_dot(tmp_path):
+    """Evaluated in every second of sixty rounds: thirty dots, for rounds and for bytes each."""
+    scores = [{"eval_accuracy": n / 60} if n % 2 == 0 else {} for n in range(1, 61)]
+    bare = {"client_metrics": {}, "averaging_bias": None, "epsilon": None, "train_loss": None}
+    rounds = (report(n, metrics=m, **bare) for n, m in enumerate(scores, 1))
+    page = write_report(save(tmp_path, *rounds)).read_text()
+    quality = figures(page)["Quality against rounds and against what was sent"]
+    assert max(markers(quality).values()) == 30 + 30 + 1  # and one in the legend
+
+
+def test_the_page_has_a_dark_half_and_fits_a_phone(tmp_path):
+    page = write_report(save(tmp_path, report(1))).read_text()
+    assert '<meta name="color-scheme" content="light dark">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert page.count('<div class="figure">') == len(figures(page)) > 3
+
+
 def test_a_page_needs_nothing_else_and_is_the_same_again(tmp_path):
     save(tmp_path, *map(report, range(1, 4)))
     page = write_report(tmp_path).read_text()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
 
 from ..comm.codecs import codec_names
 from ..comm.ledger import PAPER_MEGABITS_PER_S, shown_bytes
@@ -20,6 +24,13 @@ from .arguments import duration, new_parser
 from .errors import CommandError
 from .hub import empty_model, load_model_config
 
+_AUTO_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+}
 _STRATEGIES = {name.lower(): strategy for name, strategy in STRATEGIES.items()}
 
 _EXAMPLES = """\
@@ -33,6 +44,9 @@ examples:
 
   # a config.json is enough: no weights are loaded
   fedpara plan ./config.json --r 4
+
+  # a classifier with a new head, which is trained and sent as a whole
+  fedpara plan ./my-encoder --task-type SEQ_CLS --num-labels 5 --r 8
 
 Bytes are those the trainer then counts, if no client drops out.
 """
@@ -58,6 +72,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--target-modules", default="all-linear", metavar="NAMES",
         help="comma-separated names, all-linear or all-supported (default: all-linear)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--task-type", choices=tuple(_AUTO_CLASSES),
+        help="the model that is made of MODEL's configuration, and what PEFT trains of it besides "
+        "adapters, such as a classifier's head (default: the model that was saved)",
+    )  # fmt: skip
+    parser.add_argument("--num-labels", type=int, help="classes, with --task-type *_CLS")
+    parser.add_argument(
+        "--modules-to-save", metavar="NAMES",
+        help="comma-separated names of modules that are trained and sent whole, such as a new head",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=100, help="default: 100")
     parser.add_argument("--clients", type=int, default=100, help="population (default: 100)")
@@ -104,18 +128,26 @@ def run(args: argparse.Namespace) -> None:
     )
     strategy = _STRATEGIES[args.strategy]()
     model_config = load_model_config(args.model, "MODEL")
+    if args.num_labels is not None:
+        if args.num_labels < 1:
+            raise CommandError(f"--num-labels must be at least 1, got {args.num_labels}")
+        model_config.num_labels = args.num_labels
     config = FedParaConfig(
+        task_type=args.task_type,
+        modules_to_save=_names(args.modules_to_save) if args.modules_to_save else None,
         r=args.r,
         gamma=args.gamma,
         parameterization=args.method,
         base_weight=args.base_weight,
         target_modules=_targets(args.target_modules),
     )
-    dense = plan(empty_model(model_config), run_args, args.clients, strategy)
+    plain = _plain_model(args.model, model_config, args.task_type)
+    dense = plan(plain, run_args, args.clients, strategy)
+    _check_names(plain, config.modules_to_save)
     try:
-        model = get_peft_model(empty_model(model_config), config)
+        model = get_peft_model(plain, config)
     except NoMatchingPeftModuleError as error:
-        raise CommandError(f"{error} Name others with --target-modules.") from None
+        raise CommandError(f"{args.model}: {error} Name others with --target-modules.") from None
     planned = plan(model, run_args, args.clients, strategy)
     summary = fedpara_summary(model)
     print(f"{args.model}: {type(model.get_base_model()).__name__}, {dense.num_values:,} values\n")
@@ -138,7 +170,37 @@ def run(args: argparse.Namespace) -> None:
 def _targets(text: str) -> str | list[str]:
     if text in ("all-linear", "all-supported"):
         return text
+    return _names(text)
+
+
+def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _plain_model(name: str, config: Any, task_type: str | None) -> nn.Module:
+    """The model that was saved, or one of a task, without weights."""
+    if task_type is None:
+        return empty_model(config)
+    auto = _AUTO_CLASSES[task_type]
+    if type(config) not in auto._model_mapping:
+        raise CommandError(
+            f"{name} is a {config.model_type} model, of which transformers has none for "
+            f"{task_type}: give --task-type another of {', '.join(_AUTO_CLASSES)}, or leave it out"
+        )
+    named = copy.deepcopy(config)
+    named.architectures = [auto._model_mapping[type(config)].__name__]
+    return empty_model(named)
+
+
+def _check_names(model: nn.Module, names: Sequence[str] | None) -> None:
+    """PEFT passes over a module to save that is not there; a plan without it would be too low."""
+    for name in names or ():
+        if not any(f".{found}".endswith(f".{name}") for found, _ in model.named_modules()):
+            tops = ", ".join(found for found, _ in model.named_children())
+            raise CommandError(
+                f"{type(model).__name__} has no module {name!r} for --modules-to-save; at its top "
+                f"are {tops}"
+            )
 
 
 def _print_bytes(planned: Plan, dense: Plan, rounds: int) -> None:

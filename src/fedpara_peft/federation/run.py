@@ -307,7 +307,9 @@ class Run:
         facts = training_facts(
             self.history, self._args, self._strategy, population, self._server.round
         )
-        note_training(self.model, facts)
+        rounds = self.history.rounds[: self._server.round]
+        evaluated = (report.metrics for report in reversed(rounds) if report.metrics)
+        note_training(self.model, facts, next(evaluated, {}))
         if self._crew.is_main:
             self._folder.write_history(self.history, self.ledger, at_once=True)
 

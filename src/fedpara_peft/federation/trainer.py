@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from accelerate import Accelerator
@@ -169,6 +170,12 @@ class FederatedTrainer:
     def history(self) -> History:
         """Reports of the rounds so far."""
         return self._run.history
+
+    def _repr_html_(self) -> str:
+        name = escape(
+            f"{type(self).__name__} of {type(self.model).__name__}, {self.args.output_dir}"
+        )
+        return f"<p>{name}</p>\n{self.history._repr_html_()}"
 
     @property
     def ledger(self) -> Ledger:

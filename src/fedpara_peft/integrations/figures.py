@@ -117,8 +117,8 @@ def _quality(figure: Any, run: Run, names: Sequence[str]) -> None:
     unit, size = unit_of(run.history.total_bytes)
     for name, style in zip(names, _STYLES, strict=False):
         numbers, sent, values = zip(*run.history.curve(name), strict=True)
-        _line(left, numbers, values, label_of(name), style)
-        _line(right, [s / size for s in sent], values, label_of(name), style)
+        for axes, along in ((left, numbers), (right, [s / size for s in sent])):
+            _line(axes, along, values, label_of(name), style, every=1)
     short = {n.removeprefix("eval_").removeprefix("client_").removesuffix("_mean") for n in names}
     left.set_ylabel(short.pop().replace("_", " ") if len(short) == 1 else "value")
     _rounds_axis(left, run)
@@ -217,8 +217,11 @@ def _single(figure: Any, run: Run, points: Sequence[tuple[int, float]], label: s
     _rounds_axis(axes, run)
 
 
-def _line(axes: Any, x: Sequence[float], y: Sequence[float], label: str, style: Any) -> None:
-    every = max(1, len(x) // 15)  # markers tell lines apart, they need not be on every point
+def _line(
+    axes: Any, x: Sequence[float], y: Sequence[float], label: str, style: Any, every: int = 0
+) -> None:
+    """A line with a marker at each ``every``-th point, by default as many as tell lines apart."""
+    every = every or max(1, len(x) // 15)
     axes.plot(x, y, label=label, markevery=every, **style)
 
 

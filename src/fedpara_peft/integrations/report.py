@@ -24,6 +24,10 @@ th, td { border-bottom: 1px solid #bbb; padding: .2rem .9rem .2rem 0; text-align
          vertical-align: top; }
 td.n, th.n { text-align: right; } img { width: 100%; height: auto; }
 .wide { overflow-x: auto; } p.note { color: #444; margin: .2rem 0; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } .figure { overflow-x: auto; }
+       .figure img { width: auto; min-width: 40rem; } td, th { overflow-wrap: anywhere; } }
+@media screen and (prefers-color-scheme: dark) { body { color: #ddd; background: #000; }
+       img { filter: invert(1); } p.note { color: #aaa; } th, td { border-color: #555; } }
 @media print { details { display: none; } h2 { break-after: avoid; } }
 """
 _SHOWN_ROUNDS = 1000
@@ -68,7 +72,8 @@ def _page(run: Run, figures: Sequence[FigureOf]) -> str:
         data = base64.b64encode(image.getvalue()).decode()
         title = escape(figure.title)
         parts.append(
-            f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
+            f'<h2>{title}</h2>\n<div class="figure">'
+            f'<img alt="{title}" src="data:image/svg+xml;base64,{data}"></div>'
         )
         if figure.name == "lost_clients":
             parts.append(_reasons(run))
@@ -78,6 +83,7 @@ def _page(run: Run, figures: Sequence[FigureOf]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(run.name)}</title>\n<style>{_CSS}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )

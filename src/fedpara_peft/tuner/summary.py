@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from torch import nn
 
@@ -58,24 +59,7 @@ class Summary:
         return sum(row.dense_parameters for row in self.rows)
 
     def __str__(self) -> str:
-        header = ("weight", "kind", "shape", "r", "rank", "trained", "dense", "share", "scope")
-        cells = [
-            (
-                row.name,
-                row.kind,
-                "x".join(map(str, row.shape)) or "-",
-                "-" if row.r is None else str(row.r),
-                row.reachable or "-",
-                f"{row.parameters:,}",
-                f"{row.dense_parameters:,}",
-                f"{row.parameters / row.dense_parameters:.1%}",
-                row.scope,
-            )
-            for row in self.rows
-        ]
-        share = self.parameters / self.dense_parameters if self.rows else math.nan
-        total = ("total", "", "", "", "", f"{self.parameters:,}", f"{self.dense_parameters:,}")
-        cells.append((*total, f"{share:.1%}", ""))
+        header, *cells = self._table()
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
         left = {0, 1, 8}
         return "\n".join(
@@ -85,6 +69,35 @@ class Summary:
             ).rstrip()
             for line in [header, *cells]
         )
+
+    def _repr_html_(self) -> str:
+        header, *cells = self._table()
+        return html_table(cells, header)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Header, a line for each row, and the total."""
+        lines = [("weight", "kind", "shape", "r", "rank", "trained", "dense", "share", "scope")]
+        for row in self.rows:
+            share = f"{row.parameters / row.dense_parameters:.1%}"
+            size = "x".join(map(str, row.shape)) or "-"
+            r = "-" if row.r is None else str(row.r)
+            counts = (f"{row.parameters:,}", f"{row.dense_parameters:,}")
+            lines.append(
+                (row.name, row.kind, size, r, row.reachable or "-", *counts, share, row.scope)
+            )
+        share = f"{self.parameters / self.dense_parameters:.1%}" if self.rows else "nan%"
+        total = ("total", "", "", "", "", f"{self.parameters:,}", f"{self.dense_parameters:,}")
+        return [*lines, (*total, share, "")]
+
+
+def html_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """A table for notebooks; all text is escaped."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in cells)}</tr>"
+
+    lines = [line(head, "th")] if head else []
+    return "<table>\n" + "\n".join([*lines, *(line(row, "td") for row in rows)]) + "\n</table>"
 
 
 def fedpara_summary(model: nn.Module, adapter_name: str | None = None) -> Summary:

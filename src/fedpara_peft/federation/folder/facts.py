@@ -27,6 +27,7 @@ def training_facts(
         + (f"; this is the model after round {round:,}" if round < len(history) else ""),
         "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} in a round",
         "strategy": type(strategy).__name__,
+        "learning rate": f"{args.learning_rate:g}",
         "sent": f"{shown_bytes(up + down)} ({shown_bytes(up)} up, {shown_bytes(down)} down)",
     }
     up_codec, down_codec = str(args.uplink_codec), str(args.downlink_codec)

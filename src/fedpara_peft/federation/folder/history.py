@@ -10,9 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...comm.ledger import Ledger
+from ...comm.ledger import Ledger, shown_bytes
+from ...tuner.summary import html_table
 from ..data.metrics import higher_is_better as by_name
 from ..state import RoundReport
+
+#: In a notebook.
+_SHOWN_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,19 @@ class History:
     def total_bytes(self) -> int:
         """Bytes sent in both directions."""
         return sum(r.uplink_bytes + r.downlink_bytes for r in self.rounds)
+
+    def _repr_html_(self) -> str:
+        """The last rounds, and what was sent until then."""
+        names = list(dict.fromkeys(name for report in self.rounds for name in report.metrics))
+        rows, sent = [], 0
+        for r in self.rounds:
+            sent += r.uplink_bytes + r.downlink_bytes
+            values = (r.train_loss, *(r.metrics.get(name) for name in names))
+            shown = ("–" if value is None else f"{value:.4g}" for value in values)
+            rows.append((r.round, *shown, shown_bytes(sent)))
+        left = len(rows) - _SHOWN_ROUNDS
+        note = f"<p>{left:,} earlier rounds are not shown</p>\n" if left > 0 else ""
+        return note + html_table(rows[-_SHOWN_ROUNDS:], ("round", "train_loss", *names, "sent"))
 
     def curve(self, metric: str) -> list[tuple[int, int, float]]:
         """``(round, bytes sent so far, value)`` wherever the metric was evaluated."""

@@ -9,6 +9,7 @@ from torch import nn
 from ...comm.ledger import PAPER_MEGABITS_PER_S, energy_j, shown_bytes, transfer_s
 from ...comm.state import communicated_state
 from ...tuner.scope import persistent_buffers
+from ...tuner.summary import html_table
 from ..arguments import FederatedArguments
 from ..state import ServerState
 from ..strategies import FedAvg, Strategy
@@ -72,6 +73,11 @@ class Plan:
                 "computing left out"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        first, *others = str(self).splitlines()
+        rows = [("values", first), *(line.split(":", 1) for line in others)]
+        return html_table([(name, text.strip()) for name, text in rows])
 
 
 def plan(

@@ -62,6 +62,7 @@ class FedParaModel(SavedModel):
 
     Attributes:
         training_facts: what its model cards tell of its training, as text by name.
+        training_metrics: of the newest evaluation, for the same cards.
 
     Raises:
         ConfigError: ``compute_path="khatri_rao"`` over a grouped convolution.
@@ -74,6 +75,7 @@ class FedParaModel(SavedModel):
     tuner_layer_cls = FedParaLayer
     target_module_mapping = DEFAULT_TARGETS
     training_facts: Mapping[str, str] | None = None
+    training_metrics: Mapping[str, float] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,0 +1,7 @@
+"""``python -m fedpara_cli``."""
+
+import sys
+
+from .launch import main
+
+sys.exit(main())
