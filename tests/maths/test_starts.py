@@ -138,14 +138,14 @@ def test_the_scale_is_rank_stabilized_where_asked_for():
 
 
 def test_the_rule_by_numbers():
-    """W₁ of unit variance, X₂ = 0 and Y₂ as LoRA's A for twice the rank."""
+    """W₁ of variance 2, as LoRA has twice the rank; X₂ = 0 and Y₂ as LoRA's A."""
     (x1, y1, _), (_, y2, _) = identity_start_stds(16, 1024, "fedpara")
-    assert 16 * x1**2 * y1**2 == pytest.approx(1)
-    assert y2**2 == pytest.approx(2 / (3 * 1024))
+    assert 16 * x1**2 * y1**2 == pytest.approx(2)
+    assert y2**2 == pytest.approx(1 / (3 * 1024))
     (x1, y1, t1), (_, y2, t2) = identity_start_stds(16, 9 * 128, "fedpara", kernel=True)
-    assert 16**2 * (x1 * y1 * t1) ** 2 == pytest.approx(1)
+    assert 16**2 * (x1 * y1 * t1) ** 2 == pytest.approx(2)
     assert 16 * y2**2 == pytest.approx(1)
-    assert t2**2 == pytest.approx(2 / (3 * 9 * 128))
+    assert t2**2 == pytest.approx(1 / (3 * 9 * 128))
     ((_, y, _),) = identity_start_stds(16, 1024, "lowrank")
     assert y**2 == pytest.approx(1 / (3 * 1024))
 

@@ -194,21 +194,21 @@ class Parameterization:
         """Std of X, Y and T of each half beside a frozen weight; then X of `zero_halves` is zero.
 
         Of the terms that move at once the first has n halves, one of them zero. It is made of a
-        LoRA: Y (in a kernel the core T, with a Y that keeps variances) takes the place of LoRA's A,
-        ``Var Y = n / 3N``, X that of its B, and the other halves have entries of variance 1. So the
-        first step η on a gradient G is that of a LoRA of as many values, whose rank is n r,
-        ``ΔW ≈ η G n r / 3N``, and so are those after it: Y is as small as A, and grows as fast in
-        relation to itself.
+        LoRA: Y (in a kernel the core T, with a Y that keeps variances) is drawn as LoRA's A is,
+        ``Var Y = 1 / 3N``, X takes the place of its B, and the other halves' product has variance
+        n. So the first step η on a gradient G is that of a LoRA of as many values, whose rank is
+        n r, ``ΔW ≈ η G n r / 3N``, and so are those after it, in which Y grows as A does.
         """
-        unit = r ** (-1 / 3) if kernel else r ** (-1 / 4)
+        small = math.sqrt(1 / (3 * fan_in))
         found = []
         for half in range(self.num_halves):
             n = next((len(term) for term in self._moving_terms() if half in term), 1)
-            small = math.sqrt(n / (3 * fan_in))
+            v = n ** (1 / (n - 1)) if n > 1 else 1.0
+            large = (v / r**2) ** (1 / 6) if kernel else (v / r) ** (1 / 4)
             if half not in self.zero_halves:
-                found.append((unit, unit, unit))
+                found.append((large, large, large))
             else:
-                found.append((unit, r**-0.5, small) if kernel else (unit, small, 0.0))
+                found.append((large, r**-0.5, small) if kernel else (large, small, 0.0))
         return found
 
     def response(self, r: int, std: float, *, kernel: bool, at_zero: Sequence[int] = ()) -> float:

@@ -87,7 +87,7 @@ def identity_start_stds(
     r for the others), whose A is Kaiming-uniform as PEFT draws it and whose B is zero, so that
     LoRA's learning rates carry over, SGD's and Adam's:
 
-        fedpara    W₁ of entries with variance 1;  X₂ = 0,  Var Y₂ = 2 / 3N
+        fedpara    W₁ of entries with variance 2;  X₂ = 0,  Var Y₂ = 1 / 3N
         others     X₁ = 0,  Var Y₁ = 1 / 3N         (a LoRA)
 
     Factors of one variance could have that first step, too, but not the next ones: under Adam an
