@@ -201,15 +201,18 @@ def test_the_jacobian_correction_sees_a_weight_that_was_read(mode):
 
 def test_a_personal_half_that_trains_through_readings_is_kept():
     """Loading the shared half starts the personal one anew only where it was never trained."""
-    config = {"parameterization": "pfedpara", "target_modules": ["layer"], "std": 0.3}
-    shared = get_peft_model_state_dict(random_adapter(Reader(), base_weight="replaced", **config))
+    config = {"parameterization": "pfedpara", "target_modules": ["layer"]}
+    drawn = FedParaConfig(r=2, base_weight="replaced", **config)
+    shared = get_peft_model_state_dict(
+        random_adapter(Reader(), base_weight="replaced", std=0.3, **config)
+    )
     for trains in (False, True):
-        model = random_adapter(Reader(), base_weight="replaced", **config).train()
-        personal = model.base_model.model.layer.halves("default")[1].y
-        before = personal.detach().clone()
-        assert model.base_model.model.layer.weight.dtype == torch.float32  # says nothing of values
+        model = get_peft_model(Reader(), copy.deepcopy(drawn)).train()
+        personal = model.base_model.model.layer.halves("default")[1].x
+        model(torch.randn(3, 12)).sum().backward()  # a forward pass says nothing of values
         if trains:
-            model(torch.randn(3, 12)).sum().backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        before = personal.detach().clone()
         set_peft_model_state_dict(model, shared)
         assert torch.equal(personal, before if trains else torch.zeros_like(before))
 
