@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -60,6 +60,12 @@ class Cell(Protocol):
 
 
 C = TypeVar("C", bound=Cell)
+
+
+def key_of(cell: Any) -> str:
+    """The settings of a frozen dataclass that are not the defaults, as text."""
+    given = {f.name: value for f in fields(cell) if (value := getattr(cell, f.name)) != f.default}
+    return json.dumps(given, sort_keys=True)
 
 
 class Results(Generic[C]):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoHaConfig, LoraConfig
+from pool import key_of
 
 from fedpara_peft import FedParaConfig
 
@@ -125,12 +125,7 @@ class Tune:
 
     def key(self) -> str:
         """What tells it from all others: its settings that are not the defaults."""
-        given = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        }
-        return json.dumps(given, sort_keys=True)
+        return key_of(self)
 
     def score(self, row: dict[str, Any]) -> float:
         """Less held-out loss is better; of a run that diverged nothing is good."""

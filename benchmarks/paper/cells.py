@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +140,7 @@ class Cell:
 
     def key(self) -> str:
         """What tells it from all others: its settings that are not the defaults."""
-        given = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        }
-        return json.dumps(given, sort_keys=True)
+        return pool.key_of(self)
 
     def score(self, row: dict[str, Any]) -> float:
         """Accuracy; that of a run that diverged is none."""

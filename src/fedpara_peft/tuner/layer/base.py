@@ -310,9 +310,7 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         spec = self.specs[adapter_name]
         plan = spec.plans[name]
         if base is not None:
-            base = (base.T if self.transposed else base).reshape(
-                plan.rows, plan.columns, *plan.kernel
-            )
+            base = self._as_composed(base, plan)
         weight = compose(
             halves,
             spec.parameterization,

@@ -199,15 +199,15 @@ class FactorHolder(BaseTunerLayer):
             nn.init.zeros_(halves[index].x)
 
     def _start_as(self, start: Start, adapter_name: str, name: str) -> None:
+        plan = self.specs[adapter_name].plans[name]
         halves = self.halves(adapter_name, name)
         try:
-            fill_start(start, halves, lambda: self.base_matrix(adapter_name, name))
+            fill_start(start, halves, lambda: self._as_composed(self._get_base_tensor(name), plan))
         except RankError as error:
             raise ConfigError(str(error)) from None
 
-    def base_matrix(self, adapter_name: str, name: str = "weight") -> Tensor:
-        """The base weight as the maths has it, ``(M, N)`` or ``(M, N, *kernel)``; dequantized."""
-        plan, base = self.specs[adapter_name].plans[name], self._get_base_tensor(name)
+    def _as_composed(self, base: Tensor, plan: WeightPlan) -> Tensor:
+        """A weight of the base layer's layout as the maths has it, ``(M, N)`` or with a kernel."""
         return (base.T if self.transposed else base).reshape(plan.rows, plan.columns, *plan.kernel)
 
     def _draw(self, adapter_name: str, name: str, which: Iterable[int]) -> None:

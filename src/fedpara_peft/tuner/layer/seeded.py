@@ -35,25 +35,20 @@ class SeededLayer:
         spec = self.specs[adapter_name]
         digests = config.base_digest = {} if config.base_digest is None else config.base_digest
         for name, plan in spec.plans.items():
+            where, seed = f"{key}.{name}", config.base_seed
             std = spec.form.std_for_response(
                 config.response, plan.r, kernel=bool(plan.kernel), at_zero=spec.form.local_halves
             )
-            drawn = seeded_halves(
-                config.base_seed,
-                f"{key}.{name}",
-                [factor_shapes(plan)] * spec.form.num_halves,
-                std,
-                at_zero=spec.form.local_halves,
-            )
-            variance = plan.shape.variance
-            base = seeded_base(config.base_seed, f"{key}.{name}", variance, drawn, spec.form)
+            sizes = [factor_shapes(plan)] * spec.form.num_halves
+            drawn = seeded_halves(seed, where, sizes, std, at_zero=spec.form.local_halves)
+            base = seeded_base(seed, where, plan.shape.variance, drawn, spec.form)
             if self.zero_row is not None:
                 base[self.zero_row] = 0
             digest = base_digest(base)
-            if digests.setdefault(f"{key}.{name}", digest) != digest:
+            if digests.setdefault(where, digest) != digest:
                 raise CheckpointError(
-                    f"{key}.{name}: base_seed={config.base_seed} gives a base with digest {digest} "
-                    f"here, and the configuration says {digests[f'{key}.{name}']}: its factors "
+                    f"{where}: base_seed={seed} gives a base with digest {digest} "
+                    f"here, and the configuration says {digests[where]}: its factors "
                     "belong to another base. Use the versions of this package and of numpy that "
                     "the adapter was trained with; a configuration that has served another model "
                     "needs base_digest=None"
