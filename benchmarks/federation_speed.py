@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,27 @@ class InTurn(FederatedCallback):
         return {name: values[WARM_UP:] for name, values in self.seconds.items()}
 
 
+class Paced(FederatedCallback):
+    """Lets a trainer that runs in a thread of its own make one round at a time."""
+
+    def __init__(self) -> None:
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def on_train_begin(self, *_: Any) -> None:
+        """Wait to be asked for the first round."""
+        self.go.acquire()
+
+    def on_round_end(self, *_: Any) -> None:
+        """The round is made; wait to be asked for the next."""
+        self.done.release()
+        self.go.acquire()
+
+    def one_round(self) -> None:
+        """Have it make a round."""
+        self.go.release()
+        self.done.acquire()
+
+
 def trainer(
     folder: str,
     rounds: int,
@@ -208,16 +230,16 @@ def side_by_side(rounds: int) -> tuple[str, list[dict[str, Any]]]:
     work, cohort = WORKS[0], 50
     data = clients()
     with tempfile.TemporaryDirectory() as folder:
-        sequential = trainer(f"{folder}/a", rounds, small(), data, work, cohort)
-        state = [sequential._start(None)[0]]
-
-        def one_round() -> None:
-            state[0], _ = sequential._round(state[0])
-
-        clock = InTurn({PLAIN: plain(work, small, cohort), OURS: one_round}, BATCHED)
+        pace = Paced()
+        sequential = trainer(f"{folder}/a", rounds, small(), data, work, cohort, [pace])
+        thread = threading.Thread(target=sequential.train)
+        thread.start()
+        clock = InTurn({PLAIN: plain(work, small, cohort), OURS: pace.one_round}, BATCHED)
         ours = trainer(f"{folder}/b", rounds, small(), data, work, cohort, [clock], "auto")
-        stacks = ours._batched is not None and ours._batched.wanted(cohort)
+        stacks = ours._simulation.stacked is not None and ours._simulation.stacked.wanted(cohort)
         ours.train()
+        pace.go.release()
+        thread.join()
     found = clock.timed()
     rows = [
         {
