@@ -162,11 +162,12 @@ def of_cost(seconds: float, quick: bool) -> list[Row]:
             "base": base,
             "training": training,
             "joined": base == "frozen",
+            "launches": False,  # on a processor
             "dense": width * width,
             "form": 2 * width * form_rank(r, "fedpara"),
             **shortest(ways, seconds),
         }
-        keys = ("positions", "dense", "form", "r", "training", "joined")
+        keys = ("positions", "dense", "form", "r", "training", "joined", "launches")
         assert choice(cell) == low_rank_form_is_cheaper(**{k: cell[k] for k in keys})
         rows.append(cell)
     return rows

@@ -430,6 +430,7 @@ def run_apart(row: str, work: Work, folder: str, rounds: int) -> None:
     else:
         ours = trainer(folder, rounds, net(), clients(), work)
         history = ours.train()
+        ours.accelerator.end_training()  # else a process may end while the other still speaks to it
         if not ours.accelerator.is_main_process:
             return
         seconds = [report.seconds for report in history][WARM_UP:]
