@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ...comm.errors import PayloadError
 from ...comm.state import State, communicated_state, local_state
-from ...tuner.scope import factor_names, persistent_buffers
+from ...tuner.scope import factor_names, hold_remainders, persistent_buffers, remainders
 from ..arguments import FederatedArguments
 from ..data.batches import Collator, LastBatch, batches, count_rows
 from ..data.loss import LossFunction
 from ..errors import ArgumentsError, about
 from ..precision import Precision
 from ..random import derived_seed, preserved, reseed, torch_generator
-from ..state import Broadcast, ClientState, ClientUpdate
+from ..state import Broadcast, ClientState, ClientUpdate, Remainders, ServerState
 from ..strategies import Correction, LocalSteps, Objective, Strategy
 from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
@@ -103,6 +103,7 @@ class LocalTrainer:
         shared: the communicated tensors, live.
         local: the tensors of local scope, live.
         buffers: names in ``shared`` that are buffers.
+        held: names in ``shared`` that the server moves, and no client: with ``exact_average``.
         first_local: the local tensors of a client that never trained.
         parameters: the trainable parameters, live.
         objective: what clients minimize.
@@ -146,7 +147,11 @@ class LocalTrainer:
                 "all of the model is local, nothing would be communicated: name fewer "
                 "local_modules, or use strategy=LocalOnly()"
             )
-        buffers = persistent_buffers(model)
+        if args.exact_average:
+            hold_remainders(model)
+        moved = remainders(model) if args.exact_average else {}
+        self.held, self.shared = frozenset(moved), {**self.shared, **moved}
+        buffers = {n: t for n, t in persistent_buffers(model).items() if n not in moved}
         self.buffers = frozenset(buffers) & self.shared.keys()
         self._tell_of_batch_norm()
         self.first_local = _clone(self.local)
@@ -170,6 +175,10 @@ class LocalTrainer:
             _copy(list(self.shared.values()), [params[n] for n in self.shared])
             _copy(list(self.local.values()), [local[n] for n in self.local])
             _copy(self._resting, self._first_resting)
+
+    def first_server(self) -> ServerState:
+        """The server before the first round, its tensors live."""
+        return ServerState(0, self.shared, buffers=self.buffers, remainders=Remainders(self.held))
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +253,7 @@ class LocalTrainer:
     ) -> Turn:
         """What a client trains from; arguments as in :meth:`train`."""
         kept = {} if state is None else self._placed(state.strategy)
-        active = [n for n in self.shared if n not in resting]
+        active = [n for n in self.shared if n not in resting and n not in self.held]
         seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
         correction = self._strategy.correction(seen, kept)
         own = ClientState() if state is None else state
