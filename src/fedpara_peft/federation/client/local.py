@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ..arguments import FederatedArguments
 from ..data.batches import Collator, LastBatch, batches, count_rows
 from ..data.loss import LossFunction
 from ..errors import ArgumentsError, about
+from ..normalization import normalizes_batches, tell_of_shared_statistics
 from ..precision import Precision
 from ..random import derived_seed, preserved, reseed, torch_generator
 from ..state import Broadcast, ClientState, ClientUpdate, Remainders, ServerState
@@ -31,10 +31,6 @@ from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
 from .steps import Stepped, Steps, in_a_round
-
-logger = logging.getLogger(__name__)
-
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ class LocalTrainer:
         self.held, self.shared = frozenset(moved), {**self.shared, **moved}
         buffers = {n: t for n, t in persistent_buffers(model).items() if n not in moved}
         self.buffers = frozenset(buffers) & self.shared.keys()
-        self._tell_of_batch_norm()
+        tell_of_shared_statistics(model, self.shared)
         self.first_local = _clone(self.local)
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
@@ -193,8 +189,7 @@ class LocalTrainer:
         """What becomes of a last batch that is not full, with the model in training mode."""
         if self._args.drop_last:
             return "drop"
-        normalizes = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
-        return "merge" if normalizes else "keep"
+        return "merge" if normalizes_batches(self.model) else "keep"
 
     @contextmanager
     def at_work(self, resting: Collection[str]) -> Iterator[None]:
@@ -328,17 +323,6 @@ class LocalTrainer:
                 yield window
             else:
                 yield [(send_to_device(batch, device), count) for batch, count in window]
-
-    def _tell_of_batch_norm(self) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and f"{name}.running_mean".lstrip(".") in self.shared:
-                logger.warning(
-                    "%r is batch norm: its statistics are averaged over the clients, badly where "
-                    "their data differ; group norm has none, and local_modules keeps batch norms "
-                    "with each client (FedBN)",
-                    name,
-                )
-                return
 
 
 def _only(state: State, names: Collection[str]) -> State:
