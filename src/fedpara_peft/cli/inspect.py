@@ -17,7 +17,7 @@ from ..tuner.config import FedParaConfig
 from ..tuner.convert import inspect_adapter
 from ..tuner.convert.layouts.keys import METHODS
 from ..tuner.convert.layouts.stream import TensorFile, TensorInfo
-from ..tuner.layer import FACTOR_CONTAINER
+from ..tuner.layer import FACTOR_CONTAINER, REMAINDER_CONTAINER
 from .arguments import new_parser
 from .hub import adapter_config, adapter_source
 
@@ -169,7 +169,8 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _is_factor(name: str) -> bool:
-    return name in _FACTORS or FACTOR_CONTAINER.fullmatch(name) is not None
+    ours = name == REMAINDER_CONTAINER or FACTOR_CONTAINER.fullmatch(name) is not None
+    return ours or name in _FACTORS
 
 
 def _rank(own: Mapping[str, TensorInfo]) -> str:

@@ -88,7 +88,7 @@ class Run:
         self._facts = facts
         self._logger = log
         self._folder = RunFolder(args)
-        self._server = ServerState(0, local.shared, buffers=local.buffers)
+        self._server = local.first_server()
         self._best = Best.before(args)
         self._stopped = False
         self.history = History()
@@ -207,7 +207,7 @@ class Run:
     def _played(self, opened: OpenRound, bars: Progress) -> tuple[ServerState, RoundReport]:
         start, number = time.perf_counter(), opened.number + 1
         for client in self._backend.send(opened):
-            self.ledger.record(number, client, "downlink", opened.sent_to(client).size)
+            self.ledger.record(number, client, "downlink", opened.size_to(client))
         bias = None
         if self._args.report_averaging_bias:
             bias = AveragingBias(self.model, self._local.shared, self._server.params)
@@ -237,7 +237,7 @@ class Run:
             self.ledger,
             time.perf_counter() - start,
             dropped=[client for client in opened.reporting if client not in came],
-            averaging_bias=None if bias is None else bias.result(mean.update),
+            averaging_bias=None if bias is None else bias.result(mean.update, opened.server, ended),
             slowest_client_s=_slowest([outcome.seconds for outcome in sent]),
         )
         steps, terms = work_of(sent)
@@ -266,7 +266,8 @@ class Run:
             self.history, self.ledger = History(), Ledger()
             params = {name: tensor.clone() for name, tensor in self._local.shared.items()}
             seed = self._crew.on_main(lambda: noise_seed(self._args))
-            self._server = ServerState(0, params, buffers=self._local.buffers, noise_seed=seed)
+            first = self._local.first_server()
+            self._server = dataclasses.replace(first, params=params, noise_seed=seed)
         else:
             self.history, self.ledger = found.history, found.ledger
             self._server = placed_like(found.server, self._local.shared)

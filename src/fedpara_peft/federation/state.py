@@ -12,6 +12,38 @@ from ..comm.state import State
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What moved the remainders in a round: R ← R + Σ_k w_k P(θ_k).
+
+    Attributes:
+        round: rounds completed before it.
+        weights: w_k.
+        states: θ_k, the factors alone.
+    """
+
+    round: int
+    weights: tuple[float, ...]
+    states: tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class Remainders:
+    """The dense part of weights that the server moves; see ``server/averaging/exact.py``.
+
+    Attributes:
+        names: of the entries of the server's ``params`` that are remainders.
+        terms: what moved them of late.
+        seen: by client, the last round of which it has them for certain; 0 for others.
+        complete_from: the first round of which, and of all later ones, ``terms`` has what moved.
+    """
+
+    names: frozenset[str] = frozenset()
+    terms: tuple[Terms, ...] = ()
+    seen: Mapping[int, int] = field(default_factory=dict)
+    complete_from: int = 0
+
+
+@dataclass(frozen=True)
 class ServerState:
     """The server between two rounds.
 
@@ -22,6 +54,7 @@ class ServerState:
         buffers: names of the entries of ``params`` that are buffers, not parameters.
         residual: what the downlink's codec has lost so far, with error feedback.
         noise_seed: of the noise of differential privacy, which protects while nobody knows it.
+        remainders: of the entries of ``params`` that neither train nor travel as they are.
     """
 
     round: int
@@ -30,6 +63,7 @@ class ServerState:
     buffers: frozenset[str] = frozenset()
     residual: State = field(default_factory=dict)
     noise_seed: int | None = None
+    remainders: Remainders = field(default_factory=Remainders)
 
     def restricted(self, names: Collection[str]) -> ServerState:
         """The part of the server that a round with these names works on."""
@@ -264,5 +298,13 @@ def placed_like(server: ServerState, like: State) -> ServerState:
         return {name: tensor.to(like[name].device) for name, tensor in state.items()}
 
     optimizer = {group: placed(state) for group, state in server.optimizer.items()}
+    terms = tuple(
+        replace(one, states=tuple(map(placed, one.states))) for one in server.remainders.terms
+    )
     # The residual stays in main memory, where payloads are made.
-    return replace(server, params=placed(server.params), optimizer=optimizer)
+    return replace(
+        server,
+        params=placed(server.params),
+        optimizer=optimizer,
+        remainders=replace(server.remainders, terms=terms),
+    )

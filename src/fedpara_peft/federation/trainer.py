@@ -35,12 +35,13 @@ from .observers.trackers import Trackers
 from .precision import Precision
 from .processes import Processes
 from .run import Run
+from .server.averaging import ExactAverage
 from .server.channel import Channel
 from .server.ranks import GivenRanks, ranks_of
 from .server.round import RoundServer
 from .server.schedule import factor_blocks
 from .simulation import Simulation
-from .state import ClientState, ServerState
+from .state import ClientState
 from .strategies import Strategy, as_strategy
 
 logger = logging.getLogger(__name__)
@@ -153,9 +154,10 @@ class FederatedTrainer:
             self.strategy,
             self._channel,
             self.population.num_examples,
-            ServerState(0, local.shared, buffers=local.buffers),
+            local.first_server(),
             factor_blocks(model, args.factor_schedule),
             names,
+            ExactAverage(model, local.first_server()) if args.exact_average else None,
         )
         backend: Backend = self._simulation
         if crew.size > 1:

@@ -87,6 +87,9 @@ class FedParaConfig(PeftConfig):
             convolutions do not have.
         local_modules: names or a regex of modules that stay on the client whole, as FedPer's last
             layers do; they are never saved or pushed.
+        remainder: whether every factorized weight has a dense tensor R beside its product,
+            ``s · (P(θ) + R)``, zero at first, saved with the adapter and never trained. A federated
+            run with ``exact_average`` sets it and moves R.
 
     Raises:
         ConfigError: a field has a value it cannot have, or two fields contradict each other.
@@ -156,6 +159,10 @@ class FedParaConfig(PeftConfig):
     local_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of modules that stay on the client"}
     )
+    remainder: bool = field(
+        default=False,
+        metadata={"help": "A dense tensor beside every product, not trained"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +203,7 @@ class FedParaConfig(PeftConfig):
             setattr(self, name, None if value is None else _real(name, value))
         for name in ("rank_dropout", "module_dropout"):
             setattr(self, name, _real(name, getattr(self, name)))
-        for name in ("use_effective_conv2d", "use_rslora"):
+        for name in ("use_effective_conv2d", "use_rslora", "remainder"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, list)

@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ._peft import AuxiliaryTrainingWrapper, is_key_under_prefixes
+from .config import FedParaConfig
 from .errors import TargetError
-from .layer import FedParaLayer, factorized_layers
+from .layer import FedParaLayer, factorized_layers, factorized_weights
 from .names import base_names, module_matches
 
 Scope = Literal["global", "local"]
@@ -39,7 +40,8 @@ def tensor_scopes(model: nn.Module, local_modules: LocalModules = None) -> dict[
     local = local_tensors(model, local_modules)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if trains_base(model):
-        names += persistent_buffers(model)
+        held = remainders(model)
+        names += [name for name in persistent_buffers(model) if name not in held]
     return {name: "local" if name in local else "global" for name in names}
 
 
@@ -81,6 +83,26 @@ def factor_names(model: nn.Module) -> set[str]:
         for _, factor in module._factors()
     }
     return {n for n, p in model.named_parameters() if p.requires_grad and id(p) in factors}
+
+
+def remainders(model: nn.Module) -> dict[str, Tensor]:
+    """The remainders of a model's adapters, live, by their names in ``state_dict()``."""
+    return {
+        found.remainder_name: rest
+        for found in factorized_weights(model)
+        if (rest := found.layer.remainder(found.adapter, found.weight)) is not None
+    }
+
+
+def hold_remainders(model: nn.Module) -> None:
+    """Give every weight of a model's adapters a remainder; see ``layer/remainder.py``."""
+    for _, layer in factorized_layers(model):
+        for adapter in layer.specs:
+            layer.hold_remainder(adapter)
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if isinstance(config, FedParaConfig):
+            config.remainder = True
 
 
 def trains_base(model: nn.Module) -> bool:

@@ -79,6 +79,8 @@ class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, Rou
                 f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
             )
 
+        if self.exact_average:
+            self._require_plain_mean()
         for option in (options or {}).keys() & _OWN_OPTIONS.keys():
             raise ArgumentsError(
                 f"optim_args has {option!r}: give it as {_OWN_OPTIONS[option]}, which all "
@@ -126,6 +128,17 @@ class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, Rou
         rate = self.learning_rate if own is None else own
         share = share_of_rate(self.lr_scheduler_type, round, self._warmup, self.num_rounds)
         return rate * self.learning_rate_decay**round * share
+
+    def _require_plain_mean(self) -> None:
+        for name, plain, why in (
+            ("aggregation", "mean", "no other aggregate is a mean of weights"),
+            ("dp_noise_multiplier", 0.0, "every client's factors go to the others"),
+            ("factor_schedule", "all", "with one block the factors' mean is the weights' already"),
+        ):
+            if (value := getattr(self, name)) != plain:
+                raise ArgumentsError(
+                    f"exact_average cannot have {name}={value!r}: {why}; leave one of them out"
+                )
 
     @property
     def schedule_rounds(self) -> int | None:

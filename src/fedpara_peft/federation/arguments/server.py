@@ -45,6 +45,13 @@ class ServerArguments:
         default="mean",
         metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
     )
+    exact_average: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the global weights the mean of the clients' weights, while all factors "
+            "train: what the factors' mean misses goes into a dense remainder of every weight."
+        },
+    )
     quorum: float | None = field(
         default=None,
         metadata={

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,23 +17,20 @@ from torch import Tensor, nn
 
 from ...comm.errors import PayloadError
 from ...comm.state import State, communicated_state, local_state
-from ...tuner.scope import factor_names, persistent_buffers
+from ...tuner.scope import factor_names, hold_remainders, persistent_buffers, remainders
 from ..arguments import FederatedArguments
 from ..data.batches import Collator, LastBatch, batches, count_rows
 from ..data.loss import LossFunction
 from ..errors import ArgumentsError, about
+from ..normalization import normalizes_batches, tell_of_shared_statistics
 from ..precision import Precision
 from ..random import derived_seed, preserved, reseed, torch_generator
-from ..state import Broadcast, ClientState, ClientUpdate
+from ..state import Broadcast, ClientState, ClientUpdate, Remainders, ServerState
 from ..strategies import Correction, LocalSteps, Objective, Strategy
 from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
 from .steps import Stepped, Steps, in_a_round
-
-logger = logging.getLogger(__name__)
-
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,7 @@ class LocalTrainer:
         shared: the communicated tensors, live.
         local: the tensors of local scope, live.
         buffers: names in ``shared`` that are buffers.
+        held: names in ``shared`` that the server moves, and no client: with ``exact_average``.
         first_local: the local tensors of a client that never trained.
         parameters: the trainable parameters, live.
         objective: what clients minimize.
@@ -146,9 +143,13 @@ class LocalTrainer:
                 "all of the model is local, nothing would be communicated: name fewer "
                 "local_modules, or use strategy=LocalOnly()"
             )
-        buffers = persistent_buffers(model)
+        if args.exact_average:
+            hold_remainders(model)
+        moved = remainders(model) if args.exact_average else {}
+        self.held, self.shared = frozenset(moved), {**self.shared, **moved}
+        buffers = {n: t for n, t in persistent_buffers(model).items() if n not in moved}
         self.buffers = frozenset(buffers) & self.shared.keys()
-        self._tell_of_batch_norm()
+        tell_of_shared_statistics(model, self.shared)
         self.first_local = _clone(self.local)
         # Buffers of a frozen base (batch-norm statistics) start afresh for every client.
         self._resting = [t for n, t in buffers.items() if n not in {**self.shared, **self.local}]
@@ -171,6 +172,10 @@ class LocalTrainer:
             _copy(list(self.local.values()), [local[n] for n in self.local])
             _copy(self._resting, self._first_resting)
 
+    def first_server(self) -> ServerState:
+        """The server before the first round, its tensors live."""
+        return ServerState(0, self.shared, buffers=self.buffers, remainders=Remainders(self.held))
+
     @property
     def device(self) -> torch.device:
         """Where clients train."""
@@ -184,8 +189,7 @@ class LocalTrainer:
         """What becomes of a last batch that is not full, with the model in training mode."""
         if self._args.drop_last:
             return "drop"
-        normalizes = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
-        return "merge" if normalizes else "keep"
+        return "merge" if normalizes_batches(self.model) else "keep"
 
     @contextmanager
     def at_work(self, resting: Collection[str]) -> Iterator[None]:
@@ -244,7 +248,7 @@ class LocalTrainer:
     ) -> Turn:
         """What a client trains from; arguments as in :meth:`train`."""
         kept = {} if state is None else self._placed(state.strategy)
-        active = [n for n in self.shared if n not in resting]
+        active = [n for n in self.shared if n not in resting and n not in self.held]
         seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
         correction = self._strategy.correction(seen, kept)
         own = ClientState() if state is None else state
@@ -319,17 +323,6 @@ class LocalTrainer:
                 yield window
             else:
                 yield [(send_to_device(batch, device), count) for batch, count in window]
-
-    def _tell_of_batch_norm(self) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and f"{name}.running_mean".lstrip(".") in self.shared:
-                logger.warning(
-                    "%r is batch norm: its statistics are averaged over the clients, badly where "
-                    "their data differ; group norm has none, and local_modules keeps batch norms "
-                    "with each client (FedBN)",
-                    name,
-                )
-                return
 
 
 def _only(state: State, names: Collection[str]) -> State:

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from ...comm.state import State
 from ...maths.errors import FedParaError
 from ...tuner.layer import FedParaLayer
-from ...tuner.scope import persistent_buffers
+from ...tuner.scope import persistent_buffers, remainders
 from ..arguments import FederatedArguments
 from ..data.batches import batch_sizes, tensors_of
 from ..data.loss import DefaultLoss, LossFunction, read_loss
@@ -85,7 +85,7 @@ class BatchedTrainer:
             return f"{owner} has a local loss of its own, which is for one client at a time"
         if self._local.collator is not None:
             return "a data_collator makes each client's batches from its rows"
-        if persistent_buffers(model):
+        if persistent_buffers(model).keys() - remainders(model).keys():
             return "the model has buffers that training changes (use group norm)"
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             return "fused recurrent kernels cannot be mapped"

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...comm.ledger import Ledger
-from ...comm.state import join_groups, save_tensors, split_groups
+from ...comm.state import State, join_groups, save_tensors, split_groups
 from ..data.fingerprint import differences, shown_differences
 from ..errors import ResumeError, RunFolderError
-from ..state import ServerState
+from ..state import Remainders, ServerState, Terms
 from .history import History, report_from_json, report_to_json
 from .store import sync
 
@@ -128,6 +128,9 @@ def _write(
     server = checkpoint.server
     groups = {"params": server.params, "residual": server.residual}
     groups.update({f"optimizer.{name}": state for name, state in server.optimizer.items()})
+    rest = server.remainders
+    for terms in rest.terms:
+        groups |= {f"terms.{terms.round}.{k}": state for k, state in enumerate(terms.states)}
     tensors = {n: t.contiguous() for n, t in join_groups(groups).items()}
     try:
         save_file(tensors, folder / "server.safetensors")
@@ -138,6 +141,12 @@ def _write(
         "round": server.round,
         "buffers": sorted(server.buffers),
         "noise_seed": server.noise_seed,
+        "remainders": {
+            "names": sorted(rest.names),
+            "weights": {terms.round: terms.weights for terms in rest.terms},
+            "seen": [*map(list, rest.seen.items())],
+            "complete_from": rest.complete_from,
+        },
         "settings": must_agree(facts),
         "rounds": [report_to_json(report) for report in checkpoint.history],
     }
@@ -171,6 +180,7 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
         groups = split_groups(load_file(folder / "server.safetensors"))
         ledger = Ledger.load(folder / "ledger.npy")
         history = History(tuple(map(report_from_json, found["rounds"])))
+        rest = _remainders(found.get("remainders"), groups)
         server = ServerState(
             round=found["round"],
             params=groups.pop("params", {}),
@@ -178,10 +188,23 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
             optimizer={name.removeprefix("optimizer."): state for name, state in groups.items()},
             buffers=frozenset(found["buffers"]),
             noise_seed=found["noise_seed"],
+            remainders=rest,
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
     return Checkpoint(server, history, ledger)
+
+
+def _remainders(found: Mapping[str, Any] | None, groups: dict[str, State]) -> Remainders:
+    """What is kept of the remainders; their terms are taken out of the groups."""
+    if found is None:
+        return Remainders()
+    terms = tuple(
+        Terms(int(n), tuple(w), tuple(groups.pop(f"terms.{n}.{k}") for k in range(len(w))))
+        for n, w in found["weights"].items()
+    )
+    seen = dict(map(tuple, found["seen"]))
+    return Remainders(frozenset(found["names"]), terms, seen, found["complete_from"])
 
 
 def _state_of(folder: Path) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class Channel:
             resting: parameters that do not train in the round.
             level: the client's rank.
         """
-        tensors = server.params
+        tensors = {n: t for n, t in server.params.items() if n not in server.remainders.names}
         trained = [n for n in tensors if n not in resting and n not in server.buffers]
         if direction == "uplink":
             tensors = {n: t for n, t in tensors.items() if n not in resting}
@@ -208,7 +208,8 @@ class Channel:
         if feedback:
             server = dataclasses.replace(server, residual=lost)
         params, buffers, groups = layout.parted(received, server.params)
-        found = ranks.padded({**params, **buffers}, level)
+        held = {n: server.params[n] for n in server.remainders.names}
+        found = {**ranks.padded({**params, **buffers}, level), **held}
         broadcast = Broadcast(
             {n: found[n] for n in server.params}, ranks.padded_each(groups, level)
         )

@@ -11,6 +11,7 @@ from ...comm.state import communicated_state
 from ...tuner.scope import persistent_buffers
 from ...tuner.summary import html_table
 from ..arguments import FederatedArguments
+from ..errors import ArgumentsError
 from ..state import ServerState
 from ..strategies import FedAvg, Strategy
 from .channel import Channel
@@ -102,6 +103,11 @@ def plan(
     """
     strategy = strategy or FedAvg()
     require_fit(strategy, args)
+    if args.exact_average:
+        raise ArgumentsError(
+            "exact_average cannot be planned: what a client is sent depends on when it took part "
+            "the last time; run a few rounds and see the ledger"
+        )
     cohort = args.cohort_size(num_clients)
     shared = communicated_state(model, args.local_modules) if strategy.communicates else {}
     shared = {n: t.to("meta") for n, t in shared.items()}  # schemas need no data

@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...comm.errors import PayloadError
 from ...comm.ledger import Direction, Ledger
+from ...comm.payload import PayloadSize
 from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
@@ -24,6 +25,7 @@ from ..state import (
 )
 from ..strategies import Strategy, has_own_loss
 from .admission import checked, require_quorum
+from .averaging import ExactAverage
 from .channel import Channel, Layout, Sent
 from .cohort import Cohort
 from .mean import aggregate_from_name
@@ -50,6 +52,8 @@ class OpenRound:
         sent: what they receive, by their rank, each with its payload where one was asked for.
         ranks: which columns each client has.
         updates: what has been taken in so far.
+        exact: moves the remainders, where there are any.
+        ended: by client, the factors that it ended with, and its weight; then alone.
     """
 
     number: int
@@ -62,6 +66,8 @@ class OpenRound:
     sent: Mapping[Level, Sent]
     ranks: ClientRanks
     updates: Cohort
+    exact: ExactAverage | None = None
+    ended: dict[int, tuple[State, float]] = field(default_factory=dict)
 
     @property
     def reporting(self) -> list[int]:
@@ -71,6 +77,16 @@ class OpenRound:
     def sent_to(self, client: int) -> Sent:
         """What a client of the cohort receives."""
         return self.sent[self.ranks.level(client)]
+
+    def size_to(self, client: int) -> PayloadSize:
+        """How long all is that such a client receives."""
+        size = self.sent_to(client).size
+        if self.exact is None:
+            return size
+        rest = self.exact.size(self.server, client)
+        return PayloadSize(
+            size.header_bytes + rest.header_bytes, size.tensor_bytes + rest.tensor_bytes
+        )
 
 
 class RoundServer:
@@ -84,6 +100,7 @@ class RoundServer:
         start: the state before the first round.
         products: the model's factor blocks, where they take turns.
         names: the clients' names, their indices by default.
+        exact: moves the remainders, with ``exact_average``.
 
     Raises:
         ArgumentsError: the arguments do not fit the clients or the model.
@@ -98,8 +115,10 @@ class RoundServer:
         start: ServerState,
         products: list[list[str]],
         names: Sequence[Any] | None = None,
+        exact: ExactAverage | None = None,
     ) -> None:
         require_fit(strategy, args)
+        self._exact = exact
         self._args = args
         self._strategy = strategy
         self._channel = channel
@@ -161,6 +180,7 @@ class RoundServer:
                 ranks,
                 levels,
             ),
+            exact=self._exact,
         )
 
     def received(
@@ -206,7 +226,12 @@ class RoundServer:
 
     def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
         """Use a checked update; call it in client order."""
-        opened.updates.add(update, self.weight(update))
+        weight = self.weight(update)
+        opened.updates.add(update, weight)
+        if opened.exact is not None:
+            start = opened.ranks.only(opened.part.params, opened.ranks.level(update.client))
+            moved = {n: start[n] + change for n, change in update.update.items()}
+            opened.ended[update.client] = opened.exact.own_factors(moved), weight
 
     def refuse(self, opened: OpenRound, refused: Refused) -> None:
         """Note an update that is not used, by its client's name."""
@@ -232,7 +257,12 @@ class RoundServer:
             stepped = opened.ranks.with_resting(stepped, opened.part, updates.levels)
         params = {**stepped.params, **updates.buffers()}
         next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
-        return opened.server.updated(next_round), mean
+        ended = opened.server.updated(next_round)
+        if opened.exact is not None:
+            taken = {client: factors for client, (factors, _) in opened.ended.items()}
+            weights = [weight for _, weight in opened.ended.values()]
+            ended = opened.exact.after(opened.server, ended, mean.update, taken, weights)
+        return ended, mean
 
     def report(
         self,

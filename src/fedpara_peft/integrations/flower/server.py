@@ -30,7 +30,6 @@ from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
 from ...federation.server.schedule import factor_blocks
-from ...federation.state import ServerState
 from ...federation.strategies import Strategy, as_strategy
 from .backend import FlowerBackend
 from .node import node_facts
@@ -88,6 +87,11 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         if setup.args.metric_for_best_model and not setup.eval_data_fn:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
+        if setup.args.exact_average:
+            raise ArgumentsError(
+                "exact_average is for simulations: Flower's nodes do not follow the remainders "
+                "yet; use factor_schedule='one_block', whose average is exact"
+            )
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)
@@ -122,7 +126,7 @@ class FederationServer:
             strategy,
             Channel(args, strategy, self._ranks),
             num_examples,
-            ServerState(0, local.shared, buffers=local.buffers),
+            local.first_server(),
             factor_blocks(self._model, args.factor_schedule),
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})

@@ -39,6 +39,11 @@ def model_layers(model: nn.Module, adapter_name: str, to: str) -> Iterator[Layer
             raise ConversionError(
                 f"{name}: tanh has no exact low-rank form; use merge_and_unload() instead"
             )
+        if layer.remainder(adapter_name, next(iter(spec.plans))) is not None:
+            raise ConversionError(
+                f"{name}: its remainder is dense, which neither LoRA nor LoHa holds; use "
+                "merge_and_unload() instead"
+            )
         with torch.no_grad():
             method = f"{to}_factors"
             given = getattr(layer, method)(adapter_name, name)

@@ -105,6 +105,8 @@ class Embedding(FedParaLayer):
             factor = self.scale_of(adapter_name)
             rows = compose(halves, spec.parameterization, spec.nonlinearity, scale=factor)
             rows = rows.view(*ids.shape, -1)
+            if (rest := self.remainder(adapter_name)) is not None:
+                rows = torch.add(rows, F.embedding(ids, rest).to(rows.dtype), alpha=factor)
             if self.zero_row is not None:
                 rows = rows * (ids != self.zero_row).unsqueeze(-1)
         if base_layer.scale_grad_by_freq and rows.requires_grad:

@@ -58,7 +58,7 @@ class Linear(ProductLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may approximate this adapter by a LoRA: matrices over a frozen weight."""
-        return not self.from_scratch
+        return not self.from_scratch and self.remainder(adapter_name) is None
 
     def _positions(self, x: Tensor) -> int:
         return x.numel() // x.shape[-1]

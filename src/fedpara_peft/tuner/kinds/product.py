@@ -124,6 +124,7 @@ class ProductLayer(FedParaLayer):
         spec = self.specs[adapter_name]
         possible = has_low_rank_form(spec.nonlinearity) and self._form_is_possible()
         possible = possible and not x.is_nested  # ragged: no rows to count, no view to take
+        possible = possible and self.remainder(adapter_name) is None
         if not possible or self._recording is not None or spec.compute_path == "compose":
             return False
         if spec.compute_path == "khatri_rao":

@@ -2,10 +2,12 @@
 
 from .base import ComposedWeight, FedParaLayer
 from .factors import FACTOR_CONTAINER, AdapterSpec, half_containers
+from .remainder import REMAINDER_CONTAINER
 from .walk import FactorizedWeight, factorized_layers, factorized_weights
 
 __all__ = [
     "FACTOR_CONTAINER",
+    "REMAINDER_CONTAINER",
     "AdapterSpec",
     "ComposedWeight",
     "FactorizedWeight",

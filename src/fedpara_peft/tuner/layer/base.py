@@ -23,6 +23,7 @@ from .dropout import chance, inverted_mask
 from .factors import FactorHolder
 from .merged import MergedLayer
 from .mixed_batch import BASE, UnreadableWeight, check_names
+from .remainder import REMAINDER_CONTAINER, RemainderLayer
 from .scaled import ScaledLayer
 from .seeded import SeededLayer
 from .switches import ShownModule, SwitchedLayer
@@ -40,7 +41,9 @@ class ComposedWeight:
     recompose: Callable[[Sequence[Half]], Tensor]
 
 
-class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLayer, SwitchedLayer):
+class FedParaLayer(
+    ShownModule, FactorHolder, RemainderLayer, SeededLayer, MergedLayer, ScaledLayer, SwitchedLayer
+):
     """A layer whose weights are factorized.
 
     Args:
@@ -51,7 +54,7 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         alpha: numerator of the scale ``alpha / r``; None means scale 1.
     """
 
-    other_param_names: tuple[str, ...] = ("r", "alpha", "scaling", "specs")
+    other_param_names: tuple[str, ...] = ("r", "alpha", "scaling", "specs", REMAINDER_CONTAINER)
     #: What summaries and errors call it.
     kind: ClassVar[str]
     #: The classes of the layers that it factorizes; see ``tuner/kinds``.
@@ -80,6 +83,7 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         self.in_features, self.out_features = self.features_of(self.get_base_layer())
         for half in range(2):
             self._add_containers(half)
+        self.fedpara_remainder = nn.ModuleDict()
         self.r = {}
         self.alpha = {}
         self.scaling = {}
@@ -199,6 +203,32 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         """Factor on the composed weight: ``alpha / r`` frozen, 1 from scratch."""
         return 1.0 if self.specs[adapter_name].from_scratch else self.scaling[adapter_name]
 
+    def product(
+        self,
+        adapter_name: str,
+        name: str,
+        halves: Sequence[Half],
+        scale: float,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """``scale · P(θ)`` in the base layer's layout, added to ``base`` if given.
+
+        Args:
+            adapter_name: whose parameterization it is.
+            name: the weight's.
+            halves: the factors θ: the adapter's own, or others in their place.
+            scale: factor on the product.
+            base: in the base layer's layout.
+        """
+        spec = self.specs[adapter_name]
+        plan = spec.plans[name]
+        if base is not None:
+            base = self._as_composed(base, plan)
+        weight = compose(halves, spec.parameterization, spec.nonlinearity, scale=scale, base=base)
+        if self.zero_row is not None:
+            weight = weight.index_fill(0, torch.tensor([self.zero_row], device=weight.device), 0)
+        return weight.T if self.transposed else weight.reshape(self._laid_out(plan))
+
     @property
     def replaced(self) -> bool:
         """Whether the layer has no weight but the composed one."""
@@ -306,21 +336,11 @@ class FedParaLayer(ShownModule, FactorHolder, SeededLayer, MergedLayer, ScaledLa
         halves: Sequence[Half],
         base: Tensor | None = None,
     ) -> Tensor:
-        """The composed weight in the base layer's layout, added to ``base`` if given."""
-        spec = self.specs[adapter_name]
-        plan = spec.plans[name]
-        if base is not None:
-            base = self._as_composed(base, plan)
-        weight = compose(
-            halves,
-            spec.parameterization,
-            spec.nonlinearity,
-            scale=self.scale_of(adapter_name),
-            base=base,
-        )
-        if self.zero_row is not None:
-            weight = weight.index_fill(0, torch.tensor([self.zero_row], device=weight.device), 0)
-        if self.transposed:
-            return weight.T
-        shape = plan.shape
-        return weight.reshape(shape.out_features, shape.in_features, *shape.kernel)
+        """``scale · (P(θ) + R)`` in the base layer's layout, added to ``base`` if given."""
+        weight = self.product(adapter_name, name, halves, self.scale_of(adapter_name), base)
+        return self._plus_remainder(weight, adapter_name, name)
+
+    def _laid_out(self, plan: WeightPlan) -> tuple[int, ...]:
+        """The shape of a weight in the base layer's layout."""
+        size = (plan.shape.out_features, plan.shape.in_features, *plan.shape.kernel)
+        return size[::-1] if self.transposed else size

@@ -108,6 +108,8 @@ class FactorHolder(BaseTunerLayer):
                 if factors:
                     getattr(self, container)[adapter_name] = nn.ParameterDict(factors)
         self.reset_adapter_parameters(adapter_name, config.init_weights)
+        if config.remainder:
+            self.hold_remainder(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

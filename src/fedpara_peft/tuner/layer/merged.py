@@ -77,9 +77,7 @@ class MergedLayer:
         spec = self.specs[adapter_name]
         if spec.replaced:
             x = self.halves(adapter_name, name)[0].x
-            shape = spec.plans[name].shape
-            size = (shape.out_features, shape.in_features, *shape.kernel)
-            size = size[::-1] if self.transposed else size
+            size = self._laid_out(spec.plans[name])
             weight = torch.zeros(size, dtype=x.dtype, device=x.device)
         else:
             weight = self._get_base_tensor(name)
@@ -102,6 +100,7 @@ class MergedLayer:
             scale=scale,
             zero_row=self.zero_row,
         )
+        weight.copy_(self._plus_remainder(weight, adapter_name, name, scale))
 
     def _get_base_tensor(self, name: str) -> Tensor:
         if name == "weight":

@@ -11,6 +11,7 @@ from ...maths.compose import Half
 from ..plan import WeightPlan
 from .base import FedParaLayer
 from .factors import AdapterSpec
+from .remainder import REMAINDER_CONTAINER
 
 
 class FactorizedWeight(NamedTuple):
@@ -34,6 +35,11 @@ class FactorizedWeight(NamedTuple):
     def spec(self) -> AdapterSpec:
         """The adapter's settings on the layer."""
         return self.layer.specs[self.adapter]
+
+    @property
+    def remainder_name(self) -> str:
+        """What ``state_dict()`` calls its remainder, where it has one."""
+        return f"{self.name}.{REMAINDER_CONTAINER}.{self.adapter}.{self.weight}".removeprefix(".")
 
     @property
     def halves(self) -> tuple[Half, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._peft import is_key_under_prefixes
 from ..config import FedParaConfig
 from ..errors import CheckpointError
-from ..layer import FACTOR_CONTAINER, factorized_layers
+from ..layer import FACTOR_CONTAINER, REMAINDER_CONTAINER, factorized_layers
 from ..names import saved_name
 from ..scope import local_tensors
 from .checkpoint import (
@@ -70,7 +70,8 @@ class SavedModel(BaseTuner):
         # Only behind a container of factors: the model may have modules of the adapter's name.
         parts = key.split(".")
         for i in range(len(parts) - 1, 0, -1):
-            if parts[i] == adapter_name and FACTOR_CONTAINER.fullmatch(parts[i - 1]):
+            ours = parts[i - 1] == REMAINDER_CONTAINER or FACTOR_CONTAINER.fullmatch(parts[i - 1])
+            if parts[i] == adapter_name and ours:
                 return ".".join(parts[:i] + parts[i + 1 :])
         return key
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...comm.state import State
-from ...maths.compose import compose_shared
-from ...tuner.layer import factorized_weights
+from ....comm.state import State
+from ....maths.compose import compose_shared
+from ....tuner.layer import factorized_weights
+from ...state import ServerState
 
 
 class AveragingBias:
@@ -38,15 +39,25 @@ class AveragingBias:
             total.add_(w, alpha=weight)
         self._weight += weight
 
-    def result(self, mean: State) -> float | None:
-        """The bias of the factors' mean update; None where the cohort changed no weight."""
+    def result(self, mean: State, before: ServerState, after: ServerState) -> float | None:
+        """The bias of the factors' mean update; None where the cohort changed no weight.
+
+        Args:
+            mean: the factors' mean update.
+            before: the server before the round.
+            after: it after the round; its remainders, if any, make up for the bias.
+        """
         moved = {name: self._start[name] + delta for name, delta in mean.items()}
         error = change = 0.0
         found = self._composed({**self._start, **moved})
-        for total, w, before in zip(self._sums, found, self._before, strict=True):
+        weights = factorized_weights(self._model)
+        for one, total, w, start in zip(weights, self._sums, found, self._before, strict=True):
             exact = total / (self._weight or 1.0)
+            if (name := one.remainder_name) in after.remainders.names:
+                made_up = after.params[name].double() - before.params[name].double()
+                w = w + one.layer._as_composed(made_up, one.plan)
             error += float((exact - w).square().sum())
-            change += float((exact - before).square().sum())
+            change += float((exact - start).square().sum())
         return (error / change) ** 0.5 if change else None
 
     def _composed(self, state: State) -> Iterator[Tensor]:
@@ -57,4 +68,7 @@ class AveragingBias:
             for found in factorized_weights(self._model):
                 halves = [half.to(torch.float64) for half in found.halves]
                 spec = found.spec
-                yield compose_shared(halves, spec.parameterization, spec.nonlinearity)
+                weight = compose_shared(halves, spec.parameterization, spec.nonlinearity)
+                if (row := found.layer.zero_row) is not None:
+                    weight[row] = 0
+                yield weight
