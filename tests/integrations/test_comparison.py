@@ -35,7 +35,7 @@ def test_two_runs_are_told_apart_and_compared(tmp_path, capsys):
     ]
     assert len(list((tmp_path / "png").glob("compared_*.png"))) == 3
     # Every evaluated round has its dot: 6 + 3, in two axes.
-    assert sum(markers(drawn[next(iter(drawn))])) >= 2 * (6 + 3)
+    assert sum(markers(drawn[next(iter(drawn))]).values()) >= 2 * (6 + 3)
     # By hand: 0.1 a round, 8 kB a round; the loss is best where it is least.
     assert "0.6 (0.6 after round 6, 48.00 kB)" in text
     assert "0.3333 (0.3333 after round 6, 48.00 kB)" in text
