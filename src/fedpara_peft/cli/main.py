@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from transformers.utils import logging
 
 from ..maths.errors import FedParaError
-from . import convert, inspect, merge, plan, report
+from . import convert, inspect, merge, plan, report, watch
 
-_COMMANDS = (plan, inspect, merge, convert, report)
+_COMMANDS = (plan, inspect, merge, convert, report, watch)
 
 _EXAMPLES = """\
 examples:
@@ -22,6 +22,7 @@ examples:
   fedpara merge ./adapter --base ./my-model --output ./merged
   fedpara convert --to lora ./adapter ./lora --base ./my-model
   fedpara report ./outputs/run
+  fedpara watch ./outputs/run
 
 A model or adapter is a local folder or an id on the Hub. Every command has its own --help.
 """
@@ -31,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(
         prog="fedpara",
-        description="FedPara: plan, look into, merge and convert adapters; report on federated "
-        "runs.",
+        description="FedPara: plan, look into, merge and convert adapters; report on and "
+        "watch federated runs.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -279,7 +279,7 @@ class Run:
     def _described(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         values = sum(t.numel() for t in self._local.shared.values())
         sizes = self._backend.num_examples
-        return describe_run(self._args, self._strategy, sizes, values, facts)
+        return describe_run(self._args, self._strategy, sizes, values, facts, self.model)
 
     def _began(self) -> bool:
         self._trackers.begin()

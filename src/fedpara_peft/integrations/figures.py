@@ -124,7 +124,7 @@ def _quality(figure: Any, run: Run, names: Sequence[str]) -> None:
     _rounds_axis(left, run)
     right.set_xlabel(f"sent so far, up and down [{unit}]")
     right.set_xlim(left=0)
-    _legend_above(figure, left)
+    legend_above(figure, left)
 
 
 def _loss(figure: Any, run: Run, names: Sequence[str]) -> None:
@@ -135,10 +135,11 @@ def _loss(figure: Any, run: Run, names: Sequence[str]) -> None:
         curves.append((label_of(name), [(n, v) for n, _, v in run.history.curve(name)]))
     for (label, points), style in zip(curves, _STYLES, strict=False):
         numbers, values = zip(*points, strict=True)
-        _line(axes, numbers, values, label, style)
+        # Training is known of every round; an evaluation's dot says when it was made.
+        _line(axes, numbers, values, label, style, every=0 if points is train else 1)
     axes.set_ylabel("loss")
     _rounds_axis(axes, run)
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _clients(figure: Any, run: Run, name: str) -> None:
@@ -163,7 +164,7 @@ def _clients(figure: Any, run: Run, name: str) -> None:
     right.axhline(sum(last) / len(last), color="0.4", linestyle="--", label="mean")
     right.set_xlabel(f"clients after round {numbers[-1]}, sorted")
     _whole_numbers(right)
-    _legend_above(figure, left, right)
+    legend_above(figure, left, right)
 
 
 def _bytes(figure: Any, run: Run) -> None:
@@ -179,7 +180,7 @@ def _bytes(figure: Any, run: Run) -> None:
     axes.set_ylabel(f"all clients together [{unit}]")
     axes.set_ylim(0, 1.1 * most / size or 1)
     _rounds_axis(axes, run)
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _lost(figure: Any, run: Run) -> None:
@@ -194,7 +195,7 @@ def _lost(figure: Any, run: Run) -> None:
     axes.set_ylabel("clients")
     _whole_numbers(axes, "y")
     _rounds_axis(axes, run)
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _bias(figure: Any, run: Run) -> None:
@@ -225,11 +226,13 @@ def _line(
     axes.plot(x, y, label=label, markevery=every, **style)
 
 
-def _legend_above(figure: Any, *axes: Any) -> None:
+def legend_above(figure: Any, *axes: Any, columns: int | None = None) -> None:
     """A legend outside the axes, where it hides nothing."""
     pairs = [pair for a in axes for pair in zip(*a.get_legend_handles_labels(), strict=True)]
     handles, labels = zip(*pairs, strict=True)
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(len(labels), columns or len(labels))
+    )
 
 
 def _rounds_axis(axes: Any, run: Run) -> None:

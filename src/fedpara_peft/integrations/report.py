@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..federation.state import RoundReport
-from .figures import FigureOf, figures_of, label_of, render, score_names, unit_of
+from .figures import FigureOf, figures_of, label_of, render, score_names
+from .page import figure_part, page_of, shown_size, table_of, text_of
 from .run_folder import Run, load_run
 
-_CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #000; background: #fff; max-width: 60rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #bbb; padding: .2rem .9rem .2rem 0; text-align: left;
-         vertical-align: top; }
-td.n, th.n { text-align: right; } img { width: 100%; height: auto; }
-.wide { overflow-x: auto; } p.note { color: #444; margin: .2rem 0; }
-@media (max-width: 40rem) { body { margin: 1rem auto; } .figure { overflow-x: auto; }
-       .figure img { width: auto; min-width: 40rem; } td, th { overflow-wrap: anywhere; } }
-@media screen and (prefers-color-scheme: dark) { body { color: #ddd; background: #000; }
-       img { filter: invert(1); } p.note { color: #aaa; } th, td { border-color: #555; } }
-@media print { details { display: none; } h2 { break-after: avoid; } }
-"""
 _SHOWN_ROUNDS = 1000
+_COLUMNS = (
+    "r: inner rank of each factor; trained: entries that clients train; dense: entries of the same "
+    "part of the plain model; scope: global entries are sent, local ones stay with the client."
+)
 
 
 def write_report(
@@ -67,26 +55,13 @@ def write_report(
 def _page(run: Run, figures: Sequence[FigureOf]) -> str:
     parts = [f"<h1>Federated run {escape(run.name)}</h1>", _overview(run)]
     for figure in figures:
-        image = io.BytesIO()
-        render(figure, image, "svg")
-        data = base64.b64encode(image.getvalue()).decode()
-        title = escape(figure.title)
-        parts.append(
-            f'<h2>{title}</h2>\n<div class="figure">'
-            f'<img alt="{title}" src="data:image/svg+xml;base64,{data}"></div>'
-        )
+        parts.append(figure_part(figure))
         if figure.name == "lost_clients":
             parts.append(_reasons(run))
+    parts.append(_model(run))
     parts.append(_settings(run))
     parts.append(_rounds(run))
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(run.name)}</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return page_of(run.name, parts)
 
 
 def _overview(run: Run) -> str:
@@ -105,7 +80,9 @@ def _overview(run: Run) -> str:
         rows.append((label_of(name), shown))
     total = up + down
     share = f"; {headers / total:.1%} of it headers" if total else ""
-    rows.append(("sent", f"{_size(total)}: {_size(up)} up, {_size(down)} down{share}"))
+    rows.append(
+        ("sent", f"{shown_size(total)}: {shown_size(up)} up, {shown_size(down)} down{share}")
+    )
     lost = sum(len(r.dropped) for r in reports), sum(len(r.refused) for r in reports)
     rows.append(("clients' turns lost", f"{lost[0]:,} did not report, {lost[1]:,} were refused"))
     epsilon = next((r.epsilon for r in reversed(reports) if r.epsilon is not None), None)
@@ -125,9 +102,9 @@ def _overview(run: Run) -> str:
         rows.append(("trained on", shown))
     peaks = [r.peak_memory_bytes for r in reports if r.peak_memory_bytes is not None]
     if peaks:
-        rows.append(("peak memory", f"{_size(max(peaks))}, of the main process"))
+        rows.append(("peak memory", f"{shown_size(max(peaks))}, of the main process"))
     note = f'<p class="note">Read from {escape(run.source)}.</p>'
-    return f"{note}\n{_table(rows)}"
+    return f"{note}\n{table_of(rows)}"
 
 
 def _reasons(run: Run) -> str:
@@ -140,16 +117,37 @@ def _reasons(run: Run) -> str:
         found = {client for why, client in refused if why == reason}
         clients = sorted(found, key=lambda name: (isinstance(name, str), name))
         rows.append((reason, count, _listed(clients)))
-    return _table(rows, ("refused because", "times", "clients"))
+    return table_of(rows, ("refused because", "times", "clients"))
+
+
+def _model(run: Run) -> str:
+    """What was factorized, and how."""
+    if not run.model and not run.weights:
+        return ""
+    parts = ["<h2>Model</h2>", table_of((n, text_of(v)) for n, v in run.model.items())]
+    if run.weights:
+        head = ["weight", "kind", "shape", "r", "trained", "dense", "share", "scope"]
+        rows = []
+        for name, kind, shape, r, trained, dense, scope in run.weights:
+            size = "×".join(map(str, shape)) or "–"
+            share = f"{trained / dense:.1%}" if dense else "–"
+            rank = "–" if r is None else r
+            rows.append([name, kind, size, rank, f"{trained:,}", f"{dense:,}", share, scope])
+        parts.append(
+            f"<details><summary>Its {len(rows):,} trained weights and modules</summary>\n"
+            f'<p class="note">{_COLUMNS}</p>\n<div class="wide">\n{table_of(rows, head)}\n'
+            "</div></details>"
+        )
+    return "\n".join(parts)
 
 
 def _settings(run: Run) -> str:
     shown = {n: v for n, v in run.settings.items() if v is not None}
     parts = []
     if shown:
-        parts.append(f"<h2>Settings</h2>\n{_table((n, _text(v)) for n, v in shown.items())}")
+        parts.append(f"<h2>Settings</h2>\n{table_of((n, text_of(v)) for n, v in shown.items())}")
     if run.versions:
-        parts.append(f"<h2>Versions</h2>\n{_table(run.versions.items())}")
+        parts.append(f"<h2>Versions</h2>\n{table_of(run.versions.items())}")
     return "\n".join(parts)
 
 
@@ -160,7 +158,7 @@ def _rounds(run: Run) -> str:
     rows = [_round(report, scores) for report in run.history.rounds[-_SHOWN_ROUNDS:]]
     return (
         '<details><summary>All rounds</summary>\n<div class="wide">\n'
-        f"{_table(rows, head, numbers_from=0)}\n</div></details>"
+        f"{table_of(rows, head, numbers_from=0)}\n</div></details>"
     )
 
 
@@ -171,38 +169,16 @@ def _round(report: RoundReport, scores: Sequence[str]) -> list[str]:
         str(len(report.cohort)),
         str(len(report.dropped) + len(report.refused)),
         *("–" if v is None else f"{v:.4g}" for v in values),
-        _size(report.uplink_bytes),
-        _size(report.downlink_bytes),
+        shown_size(report.uplink_bytes),
+        shown_size(report.downlink_bytes),
         f"{report.seconds:.2f}",
     ]
-
-
-def _table(
-    rows: Iterable[Sequence[Any]], head: Sequence[str] = (), numbers_from: int | None = None
-) -> str:
-    def cells(row: Sequence[Any], tag: str) -> str:
-        classes = [' class="n"' if numbers_from is not None else "" for _ in row]
-        made = (f"<{tag}{c}>{escape(str(v))}</{tag}>" for v, c in zip(row, classes, strict=True))
-        return f"<tr>{''.join(made)}</tr>"
-
-    lines = [cells(head, "th")] if head else []
-    lines += [cells(row, "td") for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
 def _of(count: int, asked: int | None) -> str:
     return f"{count:,}" if asked in (None, count) else f"{count:,} of {asked:,} asked for"
 
 
-def _size(num_bytes: float) -> str:
-    unit, size = unit_of(num_bytes)
-    return f"{num_bytes / size:,.2f} {unit}"
-
-
 def _listed(clients: Sequence[str | int]) -> str:
     shown = ", ".join(map(str, clients[:20]))
     return f"{shown}, … ({len(clients)})" if len(clients) > 20 else shown
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

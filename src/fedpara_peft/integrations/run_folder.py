@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ class Run:
         settings: by name; empty where the folder has none.
         versions: of the packages it ran with.
         source: the file that the rounds were read from.
+        model: what was factorized and how, by name; empty where the folder does not say.
+        weights: of every trained weight or module name, kind, shape, r, trained entries, entries of
+            the plain model and scope; likewise.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     source: str = "history.json"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    weights: Sequence[Sequence[Any]] = ()
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
@@ -76,12 +81,21 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         raise ReportError(f"{path / source} has no rounds: there is nothing to report on")
     settings = _json(path / SETTINGS_NAME, dict) or (state or {}).get("settings", {})
     try:
-        return Run(path.resolve().name, history, *_split(settings), source)
+        found = settings.get("adapters") or {}
+        weights = [_weight(row) for row in found.get("weights", [])]
+        facts = {n: v for n, v in found.items() if n != "weights"}
+        return Run(path.resolve().name, history, *_split(settings), source, facts, weights)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ReportError(
             f"{path} has settings of another version ({error}): report with the version that wrote "
             "them"
         ) from None
+
+
+def _weight(row: Any) -> tuple[Any, ...]:
+    """A weight's row, if its values are of the kinds that it says; else an error."""
+    name, kind, shape, r, trained, dense, scope = row
+    return str(name), str(kind), tuple(map(int, shape)), r, int(trained), int(dense), str(scope)
 
 
 def _checked(report: RoundReport) -> RoundReport:
@@ -115,7 +129,7 @@ def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
             "clients": clients.get("number of clients"),
             "examples": clients.get("number of examples"),
         }
-    apart = ("arguments", "versions", "model", "identity")
+    apart = ("arguments", "versions", "model", "identity", "adapters")
     flat = {n: v for n, v in settings.items() if n not in apart}
     return {**flat, **settings.get("arguments", {})}, dict(settings.get("versions", {}))
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
 
+from ...tuner.summary import fedpara_summary
 from ..arguments import FederatedArguments
 from ..strategies import Strategy
 from .history import write_whole
@@ -50,6 +53,7 @@ def describe_run(
     num_examples: Sequence[int],
     num_values: int,
     facts: Mapping[str, Any],
+    model: nn.Module,
 ) -> dict[str, Any]:
     """What a run was asked to do, as JSON has it.
 
@@ -59,6 +63,7 @@ def describe_run(
         num_examples: of every client.
         num_values: communicated values of the model.
         facts: what it was given, to compare with another run's.
+        model: what it trains.
     """
     arguments = published(args)
     own = ", ".join(f"{name}={value!r}" for name, value in vars(strategy).items())
@@ -70,9 +75,33 @@ def describe_run(
         "communicated_values": num_values,
         "arguments": arguments,
         "identity": {name: facts[name] for name in ("model", "clients", "strategy")},
+        "adapters": describe_model(model),
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What of a model is factorized and how, for its reader: settings, sizes, weight by weight."""
+    found: dict[str, Any] = {}
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    found["model"] = type(inner).__name__
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        for name in ("parameterization", "base_weight", "gamma", "r", "alpha", "nonlinearity"):
+            value = getattr(config, name, None)
+            if value is not None and not (name == "r" and found.get("gamma") is not None):
+                found[name] = value
+    summary = fedpara_summary(model)
+    found["trained_parameters"] = summary.parameters
+    found["plain_model_parameters"] = summary.dense_parameters
+    if summary.dense_parameters:
+        found["share"] = f"{summary.parameters / summary.dense_parameters:.2%}"
+    found["weights"] = [
+        [r.name, r.kind, list(r.shape), r.r, r.parameters, r.dense_parameters, r.scope]
+        for r in summary.rows
+    ]
+    return found
 
 
 def same_result(described: Mapping[str, Any]) -> dict[str, Any]:
