@@ -70,6 +70,14 @@ ADAPTERS: dict[str, Any] = {
     f"FedPara, LyCORIS's start{ZERO_Y}": lambda r, t: _fedpara(r, t, init_weights="lycoris"),
     f"FedPara, ABBA's start{ZERO_Y}": lambda r, t: _fedpara(r, t, init_weights="abba"),
 }
+#: Ways to federate an adapter, beside the plain one, each with the adapters it is tried with.
+WAYS: dict[str, tuple[str, ...]] = {
+    "int8": ("LoRA", "FedPara"),
+    "int4": ("LoRA", "FedPara"),
+    "one block": ("FedPara",),
+    "exact average": ("FedPara",),
+    "ranks r/2, r, 2r": ("FedPara",),
+}
 #: Those that are trained by plain SGD as well.
 WITH_SGD = ("LoRA", "FedPara", "LoHa", EQUAL)
 
@@ -85,6 +93,7 @@ class Tune:
     Attributes:
         text: ``"stdlib"``, where every client has a package of Python's standard library, or
             ``"shakespeare"``, where it has a role.
+        way: how it is federated: ``"plain"``, or a name in :data:`WAYS`.
         adapter: its name in :data:`ADAPTERS`.
         rounds: None for the scale's.
         learning_rate: None for the one that tuning finds.
@@ -97,6 +106,34 @@ class Tune:
     rounds: int | None = None
     learning_rate: float | None = None
     seed: int = 0
+    way: str = "plain"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its way sets of ``FederatedArguments``."""
+        return {
+            "int8": {"uplink_codec": "int8"},
+            "int4": {"uplink_codec": "int4"},
+            "one block": {"factor_schedule": "one_block"},
+            "exact average": {"exact_average": True},
+        }.get(self.way, {})
+
+    @property
+    def r(self) -> int:
+        """The global model's inner rank: that of its largest client."""
+        return self.of.r * (2 if self.way.startswith("ranks") else 1)
+
+    def ranks(self, clients: Sequence[Any]) -> dict[Any, int] | None:
+        """Every client's rank, by its place: a half, the whole and twice the scale's r."""
+        if not self.way.startswith("ranks"):
+            return None
+        each = (self.of.r // 2, self.of.r, 2 * self.of.r)
+        return {name: each[i % 3] for i, name in enumerate(clients)}
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.adapter + (f", {self.way}" if self.way != "plain" else "") + f", {self.optim}"
 
     @property
     def of(self) -> Scale:
@@ -142,4 +179,11 @@ def wanted(scale: str, texts: Sequence[str], adapters: Sequence[str]) -> list[Tu
         for adapter in adapters
         if optim == "adamw" or (adapter in WITH_SGD and rounds)
         for seed in (SEEDS if adapter != "frozen" else SEEDS[:1])
+    ] + [
+        Tune(text, adapter, scale, seed=seed, way=way)
+        for text in texts
+        for way, tried in WAYS.items()
+        for adapter in tried
+        if adapter in adapters
+        for seed in SEEDS
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from pool import Results
 from report import table
 
-from .cells import ADAPTERS, GRIDS, RESULTS, SEEDS, TEXTS, WITH_SGD, Tune
+from .cells import ADAPTERS, GRIDS, RESULTS, SEEDS, TEXTS, WAYS, WITH_SGD, Tune
 
 ABOUT = {
     "stdlib": "Python's standard library, a package or module for each client",
@@ -44,7 +44,7 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         for optim in GRIDS
         for adapter in ADAPTERS
         if optim == "adamw" or adapter in WITH_SGD
-    ]
+    ] + [Tune(text, adapter, scale, way=way) for way, tried in WAYS.items() for adapter in tried]
     of = kinds[0].of
     trained = [kind for kind in kinds if kind.adapter != "frozen"]
     lengths = {
@@ -57,7 +57,7 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
     for kind in kinds:
         runs = [found(results, replace(kind, rounds=rounds)) for rounds in lengths.values()]
         if not any(runs):
-            absent.append(f"{kind.adapter} ({kind.optim})")
+            absent.append(kind.label)
             continue
         some = next(rows[0] for rows in reversed(runs) if rows)
         if kind.adapter == "frozen":
@@ -68,7 +68,7 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         a_round = some["bytes"] / some["curve"][-1][0]
         cells = [part for rows in runs for part in (losses(rows), ", ".join(map(shown, rows)))]
         lines.append([
-            f"{kind.adapter}, {kind.optim}", f"{some['parameters']:,}", f"{a_round / 1e6:,.1f}",
+            kind.label, f"{some['parameters']:,}", f"{a_round / 1e6:,.1f}",
             *cells, f"{tuned.learning_rate:g}",
         ])  # fmt: skip
     if not lines:
@@ -98,7 +98,7 @@ def tuning(results: Results[Tune], kinds: list[Tune]) -> str:
     for kind in kinds:
         cells, best = results.tuning(kind)
         if kind.adapter != "frozen" and best is not None:
-            name = f"{kind.adapter}, {kind.optim}"
+            name = kind.label
             runs[name] = {c.learning_rate: results.found[c.key()] for c in cells}
     columns = sorted({rate for of in runs.values() for rate in of if rate is not None})
     lines = [[name, *(shown(of[rate]) if rate in of else "" for rate in columns)]

@@ -47,9 +47,12 @@ def work(cell: Tune, folder: Path, source: str) -> dict[str, Any]:
         lr_scheduler_type="linear", warmup_rounds=1,
         mixed_precision=of.mixed_precision if on_gpu else "no", seed=cell.seed,
         eval_every=every, save_every=every, save_total_limit=1, eval_batch_size=of.batch_size,
-        disable_tqdm=True,
+        disable_tqdm=True, **cell.arguments,
     )  # fmt: skip
-    trainer = FederatedTrainer(adapted(model, cell), args, clients, held_out, compute_loss=loss)
+    trainer = FederatedTrainer(
+        adapted(model, cell), args, clients, held_out, compute_loss=loss,
+        client_ranks=cell.ranks([*clients]),
+    )  # fmt: skip
     diverged = False
     try:
         trainer.train(resume_from_checkpoint=True)
@@ -78,7 +81,7 @@ def adapted(base: nn.Module, cell: Tune) -> nn.Module:
     torch.manual_seed(cell.seed)
     targets = cell.of.targets
     make = ADAPTERS["LoRA" if cell.adapter == "frozen" else cell.adapter]
-    config = make(cell.of.r, targets if isinstance(targets, str) else list(targets))
+    config = make(cell.r, targets if isinstance(targets, str) else list(targets))
     config.task_type = "CAUSAL_LM"  # "all-linear" leaves the head out then
     model = get_peft_model(copy.deepcopy(base), config)
     start(model, cell.adapter)
