@@ -5,7 +5,15 @@ import torch
 from tests.federation.test_trainer import arguments, toy
 from tests.zoo import adapted, mlp
 
-from fedpara_peft import FedDyn, FederatedTrainer, LocalOnly, Scaffold, partition, plan
+from fedpara_peft import (
+    ArgumentsError,
+    FedDyn,
+    FederatedTrainer,
+    LocalOnly,
+    Scaffold,
+    partition,
+    plan,
+)
 
 
 @pytest.mark.parametrize("strategy", [None, Scaffold(), FedDyn(), LocalOnly()])
@@ -56,3 +64,21 @@ def test_a_plan_needs_no_weights(tmp_path):
     assert planned.num_values == 20_000 * 20_001
     assert "2 rounds of 3 of 10 clients" in str(planned)
     assert "1.60 GB down" in str(planned)
+
+
+def test_with_ranks_of_their_own_all_clients_together_send_what_is_planned(tmp_path):
+    ranks = [1, 2, 3, 1]
+    args = arguments(tmp_path, clients_per_round=4)
+    planned = plan(adapted(mlp(norm=False), r=3), args, 4, client_ranks=ranks)
+    clients = partition(toy(), "iid", 4)
+    model = adapted(mlp(norm=False), r=3)
+    history = FederatedTrainer(model, args, clients, client_ranks=ranks).train()
+    per_round = 4 * (planned.downlink_bytes[0] + planned.uplink_bytes[0])
+    counted = history[0].downlink_bytes + history[0].uplink_bytes
+    assert abs(per_round - counted) <= 4  # a mean in whole bytes
+    assert planned.total_bytes < plan(adapted(mlp(norm=False), r=3), args, 4).total_bytes
+
+
+def test_the_exact_average_is_not_planned(tmp_path):
+    with pytest.raises(ArgumentsError, match="exact_average cannot be planned"):
+        plan(adapted(mlp(norm=False)), arguments(tmp_path, exact_average=True), 5)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
-from ...comm.ledger import PAPER_MEGABITS_PER_S, energy_j, shown_bytes, transfer_s
+from ...comm.ledger import PAPER_MEGABITS_PER_S, Direction, energy_j, shown_bytes, transfer_s
 from ...comm.state import communicated_state
 from ...tuner.scope import persistent_buffers
 from ...tuner.summary import html_table
@@ -15,6 +16,7 @@ from ..errors import ArgumentsError
 from ..state import ServerState
 from ..strategies import FedAvg, Strategy
 from .channel import Channel
+from .ranks import GivenRanks, ranks_of
 from .round import require_fit
 from .schedule import factor_blocks, resting_factors
 
@@ -28,8 +30,9 @@ class Plan:
         cohort_size: clients a round.
         reporting: of them, those that report, in expectation.
         num_values: communicated values of the model.
-        downlink_bytes: by round, what one client receives.
-        uplink_bytes: by round, what one client sends.
+        downlink_bytes: by round, what one client receives; where they have different ranks, in the
+            mean over all of them, rounded.
+        uplink_bytes: by round, what one client sends; likewise.
     """
 
     num_clients: int
@@ -86,6 +89,7 @@ def plan(
     args: FederatedArguments,
     num_clients: int,
     strategy: Strategy | None = None,
+    client_ranks: GivenRanks | None = None,
 ) -> Plan:
     """Predict what a run sends, from its settings alone.
 
@@ -97,6 +101,7 @@ def plan(
         args: the run's settings.
         num_clients: size of the population.
         strategy: the federated optimizer; FedAvg by default.
+        client_ranks: as the trainer takes them; the clients' names are their indices.
 
     Raises:
         ArgumentsError: the arguments do not fit each other or the model.
@@ -114,12 +119,22 @@ def plan(
     buffers = frozenset(persistent_buffers(model)) & shared.keys()
     server = ServerState(0, shared, buffers=buffers)
     products = factor_blocks(model, args.factor_schedule)
-    channel = Channel(args, strategy)
+    ranks = ranks_of(model, args, strategy, client_ranks, range(num_clients))
+    channel = Channel(args, strategy, ranks)
+    levels = Counter(ranks.level(client) for client in range(num_clients))
+
+    def mean_size(direction: Direction, resting: set[str]) -> int:
+        sizes = {
+            level: len(channel.layout(direction, server, resting, level).form.size)
+            for level in levels
+        }
+        return round(sum(sizes[level] * count for level, count in levels.items()) / num_clients)
+
     down, up = [], []
     for number in range(args.num_rounds):
         resting = resting_factors(products, number)
-        down.append(len(channel.layout("downlink", server, resting).form.size))
-        up.append(len(channel.layout("uplink", server, resting).form.size))
+        down.append(mean_size("downlink", resting))
+        up.append(mean_size("uplink", resting))
     return Plan(
         num_clients=num_clients,
         cohort_size=cohort,
