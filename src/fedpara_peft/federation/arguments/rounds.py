@@ -20,9 +20,9 @@ class RoundArguments:
     client_sampling: str = field(
         default="uniform",
         metadata={
-            "help": "uniform, or weighted: drawn in proportion to their examples, then averaged "
-            "alike.",
-            "choices": ["uniform", "weighted"],
+            "help": "uniform; weighted: drawn in proportion to their examples, then averaged "
+            "alike; poisson: each by itself, so that cohorts differ in size, for the least ε.",
+            "choices": ["uniform", "weighted", "poisson"],
         },
     )
     drop_out_probability: float = field(

@@ -80,4 +80,12 @@ class ServerArguments:
         },
     )
     dp_delta: float = field(default=1e-5, metadata={"help": "δ of the reported (ε, δ)."})
+    dp_accountant: str = field(
+        default="rdp",
+        metadata={
+            "help": "What counts ε: rdp (Rényi), or pld (privacy loss distributions), which is "
+            "tight and needs client_sampling='poisson'.",
+            "choices": ["rdp", "pld"],
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})

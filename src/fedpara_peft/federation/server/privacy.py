@@ -5,7 +5,13 @@ Every update is clipped to norm C and the server adds Gaussian noise to their su
     Δ = (Σ_i clip(Δ_i, C) + N(0, (z C)² I)) / m,
 
 with m the number of clients expected to report, so that the global model hardly depends on any one
-client. ε is computed by ``dp-accounting``. It is meant for those who see global models: cohorts,
+client. ε is computed by ``dp-accounting``, for what ``client_sampling`` is:
+
+    uniform    cohorts of one size: ε of exchanging one client for another, which moves the sum by
+               up to 2 C
+    poisson    every client by itself: ε of adding or removing one, which moves it by up to C
+
+It is meant for those who see global models: cohorts,
 losses and evaluations in a run's folder carry no noise, and its checkpoints hold the noise's seed.
 """
 
@@ -52,6 +58,7 @@ class GaussianMechanism:
         names: list[str],
     ) -> None:
         try:
+            import dp_accounting.pld
             import dp_accounting.rdp
         except ImportError:
             raise ArgumentsError(
@@ -63,8 +70,16 @@ class GaussianMechanism:
                 f"{len(names)} tensors that travel would not be protected, first {names[:2]}: use "
                 "group norm instead of batch norm, and a strategy that sends updates alone"
             )
-        if args.client_sampling != "uniform":
-            raise ArgumentsError("dp_noise_multiplier needs client_sampling='uniform'")
+        if args.client_sampling == "weighted":
+            raise ArgumentsError(
+                "dp_noise_multiplier needs client_sampling='uniform' or 'poisson': of clients that "
+                "are drawn by their examples no ε is known"
+            )
+        if args.dp_accountant == "pld" and args.client_sampling != "poisson":
+            raise ArgumentsError(
+                "dp_accountant='pld' needs client_sampling='poisson': privacy loss distributions "
+                "are known of clients that are drawn each by itself; or use dp_accountant='rdp'"
+            )
         self._args = args
         self._size = (population, cohort_size)
         self._expected = cohort_size * (1 - args.drop_out_probability)
@@ -97,14 +112,29 @@ class GaussianMechanism:
         return noisy
 
     def epsilon(self, rounds: int) -> float:
-        """The ε at ``dp_delta`` after so many rounds, of exchanging one client for another."""
-        # Exchanging a client moves the sum by up to 2 C; noise is counted in units of that.
-        library = self._accounting
-        event = library.SampledWithoutReplacementDpEvent(
-            *self._size, library.GaussianDpEvent(self._args.dp_noise_multiplier / 2)
-        )
-        accountant = library.rdp.RdpAccountant(
-            neighboring_relation=library.NeighboringRelation.REPLACE_ONE
-        )
-        accountant.compose(event, rounds)
+        """The ε at ``dp_delta`` after so many rounds; see the file's first lines for what of."""
+        accountant = self._accountant()
+        accountant.compose(self._round(), rounds)
         return float(accountant.get_epsilon(self._args.dp_delta))
+
+    def _round(self) -> Any:
+        """A round as the library describes it."""
+        library, noise = self._accounting, self._args.dp_noise_multiplier
+        population, cohort = self._size
+        if self._args.client_sampling == "poisson":
+            return library.PoissonSampledDpEvent(
+                cohort / population, library.GaussianDpEvent(noise)
+            )
+        # Noise is counted in units of what a client can move the sum by.
+        return library.SampledWithoutReplacementDpEvent(
+            population, cohort, library.GaussianDpEvent(noise / 2)
+        )
+
+    def _accountant(self) -> Any:
+        library = self._accounting
+        of = library.NeighboringRelation
+        if self._args.dp_accountant == "pld":
+            return library.pld.PLDAccountant(neighboring_relation=of.ADD_OR_REMOVE_ONE)
+        poisson = self._args.client_sampling == "poisson"
+        relation = of.ADD_OR_REMOVE_ONE if poisson else of.REPLACE_ONE
+        return library.rdp.RdpAccountant(neighboring_relation=relation)

@@ -154,7 +154,7 @@ class RoundServer:
         uplink = self._channel.layout("uplink", server, resting)
         part = server.restricted(uplink.params)
         ranks, extra = self._channel.ranks, self._strategy.broadcast(part)
-        levels = dict.fromkeys(ranks.level(client) for client in cohort)
+        levels = dict.fromkeys(ranks.level(client) for client in cohort) or {None: None}
         sent = {
             level: self._channel.downlink(server, extra, resting, level, encode=encode)
             for level in levels

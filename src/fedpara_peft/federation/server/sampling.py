@@ -13,21 +13,25 @@ from ..random import numpy_generator
 def sample_cohort(
     num_examples: Sequence[int], size: int, seed: int, round: int, sampling: str = "uniform"
 ) -> list[int]:
-    """Draw clients without replacement, in ascending order.
+    """Draw clients, each at most once, in ascending order.
 
     Args:
         num_examples: examples of every client of the population.
-        size: clients to draw.
+        size: clients to draw; with ``"poisson"`` so many in expectation, and none is possible.
         seed: the run's seed.
         round: round number, counted from 0.
         sampling: ``"uniform"``, or ``"weighted"``: each draw in proportion to the examples of the
-            clients that are left.
+            clients that are left; or ``"poisson"``: each client by itself with probability
+            ``size / population``.
     """
+    rng = numpy_generator(seed, round, "cohort")
+    if sampling == "poisson":
+        chance = size / len(num_examples)
+        return [int(c) for c in np.flatnonzero(rng.random(len(num_examples)) < chance)]
     shares = None
     if sampling == "weighted":
         shares = np.asarray(num_examples, dtype=np.float64)
         shares = shares / shares.sum()
-    rng = numpy_generator(seed, round, "cohort")
     drawn = rng.choice(len(num_examples), size=size, replace=False, p=shares)
     return sorted(int(client) for client in drawn)
 

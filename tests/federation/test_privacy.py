@@ -1,0 +1,92 @@
+"""ε for what the sampling is, and clients that are drawn each by itself."""
+
+import math
+
+import dp_accounting
+import pytest
+import torch
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from scipy import optimize, stats
+from tests.federation.test_trainer import arguments, toy
+
+from fedpara_peft import ArgumentsError, FederatedTrainer, Scaffold, partition
+from fedpara_peft.federation.server.privacy import GaussianMechanism
+from fedpara_peft.federation.server.sampling import sample_cohort
+
+
+def private(tmp_path, **changes):
+    settings = {"dp_noise_multiplier": 1.0, "clip_update_norm": 1.0, "dp_noise_seed": 1,
+                "client_sampling": "poisson", "eval_every": 0}  # fmt: skip
+    return arguments(tmp_path, **{**settings, **changes})
+
+
+def test_without_sampling_the_tight_accountant_is_the_analytic_gaussian(tmp_path):
+    """δ(ε) of T Gaussian mechanisms of noise z is known exactly (Balle & Wang 2018)."""
+    args = private(tmp_path, dp_accountant="pld", dp_noise_multiplier=3.0)
+    found = GaussianMechanism(args, 10, 10, []).epsilon(25)
+    mu = math.sqrt(25) / 3.0
+
+    def delta(eps):
+        return stats.norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * stats.norm.cdf(
+            -mu / 2 - eps / mu
+        )
+
+    wanted = optimize.brentq(lambda eps: delta(eps) - args.dp_delta, 0.1, 50)
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "library"), [("rdp", RdpAccountant), ("pld", PLDAccountant)])
+def test_epsilon_is_the_accountants_for_clients_drawn_by_themselves(tmp_path, name, library):
+    args = private(tmp_path, dp_accountant=name, num_rounds=4, clients_per_round=2)
+    history = FederatedTrainer(torch.nn.Linear(16, 4), args, partition(toy(), "iid", 6)).train()
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = library(neighboring_relation=relation)
+    event = dp_accounting.PoissonSampledDpEvent(2 / 6, dp_accounting.GaussianDpEvent(1.0))
+    accountant.compose(event, 4)
+    assert history[-1].epsilon == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+
+
+def test_the_tight_one_counts_less_and_both_less_than_cohorts_of_one_size(tmp_path):
+    def spent(**changes):
+        return GaussianMechanism(private(tmp_path, **changes), 10_000, 100, []).epsilon(200)
+
+    tight, loose = spent(dp_accountant="pld"), spent(dp_accountant="rdp")
+    assert tight < loose < spent(client_sampling="uniform")
+
+
+def test_clients_are_drawn_each_by_itself():
+    cohorts = [sample_cohort([5] * 40, 10, 0, number, "poisson") for number in range(4000)]
+    sizes = torch.tensor([float(len(cohort)) for cohort in cohorts])
+    # Binomial(40, 1/4): mean 10, variance 7.5; and no pair goes together.
+    assert sizes.mean() == pytest.approx(10, abs=0.2)
+    assert sizes.var() == pytest.approx(7.5, rel=0.1)
+    both = sum({3, 17} <= set(cohort) for cohort in cohorts) / len(cohorts)
+    assert both == pytest.approx(1 / 16, abs=0.015)
+    assert cohorts[0] == sorted(cohorts[0])
+
+
+def test_a_round_without_anybody_is_a_round(tmp_path):
+    """And with noise it moves the model as any other: that nobody came must not show."""
+    args = private(tmp_path, num_rounds=30, clients_per_round=1)
+    model = torch.nn.Linear(16, 4)
+    history = FederatedTrainer(model, args, partition(toy(), "iid", 4)).train()
+    empty = [report for report in history if not report.cohort]
+    assert 3 < len(empty) < 20
+    assert all(report.uplink_bytes == report.downlink_bytes == 0 for report in empty)
+    plain = private(tmp_path / "b", dp_noise_multiplier=0.0, num_rounds=30, clients_per_round=1)
+    quiet = FederatedTrainer(torch.nn.Linear(16, 4), plain, partition(toy(), "iid", 4)).train()
+    assert [report.cohort for report in quiet] == [report.cohort for report in history]
+
+
+def test_what_no_epsilon_is_known_of_is_refused(tmp_path):
+    clients = partition(toy(), "iid", 4)
+    with pytest.raises(ArgumentsError, match="of clients that are drawn by their examples no ε"):
+        FederatedTrainer(torch.nn.Linear(16, 4), private(tmp_path, client_sampling="weighted"),
+                         clients)  # fmt: skip
+    args = private(tmp_path, dp_accountant="pld", client_sampling="uniform")
+    with pytest.raises(ArgumentsError, match="'pld' needs client_sampling='poisson'"):
+        FederatedTrainer(torch.nn.Linear(16, 4), args, clients)
+    args = arguments(tmp_path, client_sampling="poisson")
+    with pytest.raises(ArgumentsError, match="its sums over clients count all alike"):
+        FederatedTrainer(torch.nn.Linear(16, 4), args, clients, strategy=Scaffold())
