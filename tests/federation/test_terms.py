@@ -136,6 +136,34 @@ def test_accumulated_small_batches_are_the_large_one(tmp_path, name):
         assert found == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_one_step_of_each_client_is_central_training_on_all_tokens(tmp_path, accumulated):
+    """Clients with equally many tokens a row, in rows of unequal length: 10 in two, 20 in four."""
+    lengths = {"ann": [4, 8], "bob": [3, 9, 6, 6]}
+    texts = {n: [TEXTS[8][k : 2 * k] for k in each] for n, each in lengths.items()}
+    assert [sum(len(t) - 1 for t in each) for each in texts.values()] == [10, 20]
+    central, net = adapter(llama()), adapter(llama())
+    start, total = flat(central), 0.0
+    for row in [*texts["ann"], *texts["bob"]]:  # written out, a row at a time
+        logits = central(input_ids=torch.tensor([row])).logits[0, :-1]
+        total = total + F.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
+    (total / 30).backward()
+    with torch.no_grad():
+        for p in central.parameters():
+            if p.grad is not None:
+                p -= 0.7 * p.grad
+    args = arguments(
+        tmp_path, num_rounds=1, clients_per_round=2, learning_rate=0.7, num_local_epochs=1,
+        per_client_batch_size=4 // accumulated, gradient_accumulation_steps=accumulated,
+    )  # fmt: skip
+    report = FederatedTrainer(net, args, texts, data_collator=collate).train()[-1]
+    assert (flat(net) - start).norm() > 0
+    # Llama's norms and rotations are in float32, whatever the model's dtype.
+    torch.testing.assert_close(flat(net), flat(central), rtol=1e-4, atol=1e-7)
+    assert report.train_loss == pytest.approx(float(total.detach()) / 30, rel=1e-6)
+    assert (report.local_steps, report.terms) == (2, 30)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(tmp_path, name):
     build, collator = MODELS[name]

@@ -306,8 +306,9 @@ class Run:
         """Write down what is known when a run ends, however it ends."""
         population = len(self._backend.names)
         facts = training_facts(
-            self.history, self._args, self._strategy, population, self._server.round
-        )
+            self.history, self._args, self._strategy, population, self._server.round,
+            self._facts.get("local_trainer"),
+        )  # fmt: skip
         rounds = self.history.rounds[: self._server.round]
         evaluated = (report.metrics for report in reversed(rounds) if report.metrics)
         note_training(self.model, facts, next(evaluated, {}))

@@ -21,6 +21,7 @@ from .client.evaluation import Evaluator, Metrics
 from .client.local import LocalTrainer
 from .client.optimizer import OptimizerFactory
 from .client.stacked import BatchedTrainer
+from .client.trainers.given import GivenTrainer, LocalTrainerFactory
 from .client.turn import Turns
 from .crew import Crew
 from .data.batches import Collator
@@ -80,6 +81,10 @@ class FederatedTrainer:
         client_ranks: how many columns of every factor each client trains: a number, or a share in
             (0, 1]; by client name, in order, or as a function of the name. All by default; see
             :mod:`~.server.ranks`.
+        local_trainer: what trains a client in place of this trainer's own steps: transformers'
+            ``Trainer``, trl's ``SFTTrainer`` or the like with its ``args`` (a
+            ``functools.partial``), or ``(model, dataset, client, round) -> trainer``; see
+            :class:`~.client.trainers.given.GivenTrainer`.
 
     Attributes:
         history: reports of the last run's rounds.
@@ -104,6 +109,7 @@ class FederatedTrainer:
         client_eval_dataset: Sequence[Any] | Mapping[Any, Any] | None = None,
         optimizer: OptimizerFactory | None = None,
         client_ranks: GivenRanks | None = None,
+        local_trainer: LocalTrainerFactory | None = None,
     ) -> None:
         _check_given(args)
         self.args = args
@@ -129,12 +135,18 @@ class FederatedTrainer:
                 "on: give eval_dataset or client_eval_dataset"
             )
         loss = compute_loss or DefaultLoss(args.label_column)
+        given = None
+        if local_trainer is not None:
+            if optimizer is not None:
+                raise ArgumentsError("give optimizer or local_trainer, which has its own, not both")
+            given = GivenTrainer(local_trainer, self.model, args, self.strategy)
         self._local = local = LocalTrainer(
             self.model, args, self.accelerator, self.strategy, loss, data_collator,
-            self.population.names, optimizer,
+            self.population.names, optimizer, given,
         )  # fmt: skip
-        facts |= local.optimizers.facts
-        crew.agree(lambda: local.optimizers.facts)
+        of_steps = given.facts if given else local.optimizers.facts
+        facts |= of_steps
+        crew.agree(lambda: of_steps)
         self._evaluator = Evaluator(
             self.accelerator, Precision.of(args.mixed_precision, self.accelerator),
             args.eval_batch_size, loss, compute_metrics, data_collator, args.label_column,
@@ -146,7 +158,7 @@ class FederatedTrainer:
         crew.agree(lambda: ranks_facts)
         self._channel = Channel(args, self.strategy, ranks)
         self._simulation = Simulation(
-            args, self.population, local, self._stacked_engine(loss),
+            args, self.population, local, None if given else self._stacked_engine(loss),
             Turns(args, self._channel, self.strategy, names), self._evaluator, crew, ranks,
         )  # fmt: skip
         rounds = RoundServer(

@@ -31,6 +31,7 @@ from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
 from .steps import Stepped, Steps, in_a_round
+from .trainers.given import GivenTrainer
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class LocalTrainer:
         collator: makes a batch from rows.
         names: the clients' names, for messages; their indices by default.
         optimizer: the clients'; that of ``args`` by default.
+        given: a trainer of others, in place of the local steps.
 
     Attributes:
         shared: the communicated tensors, live.
@@ -121,8 +123,10 @@ class LocalTrainer:
         collator: Collator | None = None,
         names: Sequence[Any] | None = None,
         optimizer: OptimizerFactory | None = None,
+        given: GivenTrainer | None = None,
     ) -> None:
         self.model = model
+        self._given = given
         self._args = args
         self._accelerator = accelerator
         self._strategy = strategy
@@ -239,13 +243,9 @@ class LocalTrainer:
         return self.end(turn, examples, stepped, here, _clone(self.local))
 
     def begin(
-        self,
-        client: int,
-        round: int,
-        broadcast: Broadcast,
-        state: ClientState | None,
+        self, client: int, round: int, broadcast: Broadcast, state: ClientState | None,
         resting: Collection[str],
-    ) -> Turn:
+    ) -> Turn:  # fmt: skip
         """What a client trains from; arguments as in :meth:`train`."""
         kept = {} if state is None else self._placed(state.strategy)
         active = [n for n in self.shared if n not in resting and n not in self.held]
@@ -279,8 +279,8 @@ class LocalTrainer:
             )
         start = turn.seen.params
         names = [n for n in start if n not in self.buffers]
-        change = _difference([shared[n] for n in names], [start[n] for n in names])
-        update = dict(zip(names, change, strict=True))
+        change = [[shared[n] for n in names], [start[n] for n in names]]
+        update = dict(zip(names, torch._foreach_sub(*change) if names else (), strict=True))
         buffers = {n: shared[n].clone() for n in start if n in self.buffers}
         told = steps if self._strategy.sees_updates else None
         sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers, told)
@@ -297,6 +297,9 @@ class LocalTrainer:
 
     def _steps(self, turn: Turn, dataset: Any) -> Stepped:
         args, round, client = self._args, turn.round, turn.client
+        seed = derived_seed(args.seed, round, client, "training")
+        if self._given is not None:
+            return self._given.train(dataset, self.name(client), round, seed, self.device)
         active = {n: p for n, p in self.parameters.items() if p.requires_grad}
         steps = Steps(
             self.optimizers, args, round, active, turn.seen.params, [turn.correction],
@@ -305,7 +308,7 @@ class LocalTrainer:
         self.gradients.begin(args.learning_rate_at(round, factors=True))
         self.model.train()
         # Dropout, transforms and collators draw from the global generators; see at_work.
-        reseed(derived_seed(args.seed, round, client, "training"), self._accelerator.device)
+        reseed(seed, self.device)
         with one_row_said():
             for window in in_a_round(functools.partial(self._windows, turn, dataset), args):
                 if losses := self.gradients.of(window):
@@ -314,10 +317,9 @@ class LocalTrainer:
 
     def _windows(self, turn: Turn, dataset: Any, epoch: int) -> Iterator[list[tuple[Any, int]]]:
         """The batches of every local step of an epoch, and of how many rows each is."""
-        args, device = self._args, self._accelerator.device
+        args, device = self._args, self.device
         order = torch_generator(args.seed, turn.round, turn.client, f"batches {epoch}")
-        size = args.per_client_batch_size
-        rows = batches(dataset, size, self.collator, order, self.last_batch())
+        rows = batches(dataset, args.per_client_batch_size, self.collator, order, self.last_batch())
         while window := list(itertools.islice(rows, args.gradient_accumulation_steps)):
             if device.type == "cpu":
                 yield window
@@ -336,7 +338,3 @@ def _clone(state: State) -> State:
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _difference(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_sub(new, old)) if new else []

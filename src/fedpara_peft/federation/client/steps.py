@@ -40,14 +40,14 @@ class Stepped:
         steps: how it trained.
         stuck: whether every gradient was clipped to nothing.
         kept: what it keeps of its optimizer.
-        terms: of its batches, together: rows, or tokens that count.
+        terms: of its batches, together: rows, or tokens that count; None: unknown.
     """
 
     loss: float
     steps: LocalSteps
     stuck: bool
     kept: Kept
-    terms: float
+    terms: float | None
 
 
 class Steps:

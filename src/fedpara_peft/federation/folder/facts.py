@@ -9,8 +9,9 @@ from .history import History
 
 
 def training_facts(
-    history: History, args: FederatedArguments, strategy: Strategy, num_clients: int, round: int
-) -> dict[str, str]:
+    history: History, args: FederatedArguments, strategy: Strategy, num_clients: int, round: int,
+    local_trainer: str | None = None,
+) -> dict[str, str]:  # fmt: skip
     """A run in a few lines, as text by name.
 
     Args:
@@ -19,6 +20,8 @@ def training_facts(
         strategy: its federated optimizer.
         num_clients: its population.
         round: the round whose model is in place: the last one, or the best.
+        local_trainer: the name of what trained the clients, where they had a trainer of others,
+            with a learning rate of its own.
     """
     up = sum(report.uplink_bytes for report in history)
     down = sum(report.downlink_bytes for report in history)
@@ -27,7 +30,11 @@ def training_facts(
         + (f"; this is the model after round {round:,}" if round < len(history) else ""),
         "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} in a round",
         "strategy": type(strategy).__name__,
-        "learning rate": f"{args.learning_rate:g}",
+        **(
+            {"learning rate": f"{args.learning_rate:g}"}
+            if local_trainer is None
+            else {"local training": local_trainer}
+        ),
         "sent": f"{shown_bytes(up + down)} ({shown_bytes(up)} up, {shown_bytes(down)} down)",
     }
     up_codec, down_codec = str(args.uplink_codec), str(args.downlink_codec)

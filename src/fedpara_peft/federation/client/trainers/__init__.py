@@ -1,0 +1,1 @@
+"""transformers' trainers, and others like them, as a client's local training."""
