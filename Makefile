@@ -73,7 +73,7 @@ test-engines: $(ENGINES:%=test-%)  ## The engines' tests with the oldest and new
 
 $(ENGINES:%=test-%): test-%: $(VENV)-%/.installed
 	$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep -E '^(flwr|nvflare) '
-	$(VENV)-$*/bin/python -m pytest -rs tests/integrations/test_$(EXTRA).py
+	$(VENV)-$*/bin/python -m pytest -rs tests/integrations/test_$(EXTRA).py 'tests/test_docs.py::test_python_blocks_run[$(EXTRA)]'
 
 docs: $(DOCS)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

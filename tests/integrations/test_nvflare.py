@@ -9,9 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
-from fedpara_peft import ArgumentsError, FederatedTrainer, History, Scaffold, accuracy
+from fedpara_peft import (
+    ArgumentsError,
+    FederatedTrainer,
+    FedParaConfig,
+    History,
+    Scaffold,
+    accuracy,
+    communicated_state,
+    load_local,
+    local_state,
+)
 from fedpara_peft.comm.ledger import Ledger
 from fedpara_peft.federation.folder.store import DiskStore
 
@@ -67,13 +78,28 @@ def run_in_processes(folder, **asked):
     """A run in FLARE's simulator: the server in one process, each site in its own."""
     script = str(ROOT / "tests" / "integrations" / "flower_task.py")
     given = {"sites": SITES, "script": script, "config": config_of(folder, **asked)}
-    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    in_a_program(_RUN, json.dumps(given), cwd=folder)
+
+
+def in_a_program(code, *arguments, cwd):
+    example = str(ROOT / "examples" / "nvflare")
+    paths = [str(ROOT), str(ROOT / "src"), example, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
-        [sys.executable, "-c", _RUN, json.dumps(given)], env=environment, cwd=folder,
+        [sys.executable, "-c", code, *arguments], env=environment, cwd=cwd,
         capture_output=True, text=True, timeout=540,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def digits_model():
+    """The examples' model."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    config = FedParaConfig(
+        gamma=0.1, base_weight="replaced", parameterization="pfedpara", target_modules=["0"]
+    )
+    return get_peft_model(net, config)
 
 
 class Named:
@@ -269,3 +295,42 @@ def test_a_function_that_is_not_there_is_named(tmp_path):
         made_by(f"{APP}:no_such_function", NodeSetup, {})
     with pytest.raises(ArgumentsError, match="not a ServerSetup"):
         made_by(f"{APP}:node", ServerSetup, config_of(tmp_path))
+
+
+# In a program of its own, too: FLARE's FedAvg, a script for its client API, and the wire recorded.
+_STOCK = """
+import sys
+from pathlib import Path
+from nvflare.job_config.defs import FilterType
+from flare_digits import SITES
+from stock import stock_job
+from tests.integrations.flare_task import Wire
+folder = Path(sys.argv[1])
+job = stock_job(folder, 2)
+for site in SITES:
+    for kind in (FilterType.TASK_DATA, FilterType.TASK_RESULT):
+        job.to(Wire(str(folder / "wire")), site, filter_type=kind, tasks=["train"])
+sys.exit(job.simulator_run(str(folder / "workspace"), threads=len(SITES)))
+"""
+
+
+def test_a_stock_script_of_the_client_api_sends_what_is_communicated_and_no_more(tmp_path):
+    in_a_program(_STOCK, str(tmp_path), cwd=tmp_path)
+    model, wire = digits_model(), [path.read_bytes() for path in (tmp_path / "wire").iterdir()]
+    sites = sorted((tmp_path / "sites").iterdir())
+    assert len(sites) == 3
+    assert len(wire) == 3 * 2 * 2  # sites, rounds, both ways
+    shared, local = communicated_state(model), local_state(model)
+    assert local
+    for data in wire:
+        assert not any(name.encode() in data for name in local)
+    answers = [data for data in wire if all(name.encode() in data for name in shared)]
+    assert len(answers) >= 3 * 2
+    windows = {data[i : i + 8] for data in wire for i in range(len(data) - 7)}
+    for site in sites:
+        load_local(model, site)
+        for name, tensor in local_state(model).items():
+            assert not torch.equal(tensor, digits_model().state_dict()[name]), "it was not trained"
+            data = bits(tensor)
+            parts = [data[i : i + 8] for i in range(0, len(data) - 7, 8)]
+            assert not any(part in windows for part in parts if part.count(0) < 4)
