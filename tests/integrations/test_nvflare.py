@@ -115,14 +115,24 @@ class Named:
 class LocalController(FedParaController):
     """Hands tasks to executors in this process; answers come in another order than asked."""
 
-    def __init__(self, executors, config, spoil=None):
+    def __init__(self, executors, config, spoil=None, late=None):
         super().__init__(f"{APP}:server", SITES, config)
         self.executors, self.spoil = executors, spoil
-        self.reason, self.cancelled, self.waiting = None, [], []
+        self.late, self.held = late or {}, []
+        self.reason, self.cancelled = None, []
         self.abort = Signal()
 
     def broadcast(self, task, fl_ctx, targets=None, **_):
         (site,) = targets
+        if task.name == "fedpara_introduce" and site in self.late:
+            self.held.append((self.late.pop(site), task, site))
+            return
+        self.held, held = [], self.held
+        for number, asked, other in held:  # who comes late answers what is still asked
+            if task.data.get("round", -1) >= number:
+                self.broadcast(asked, fl_ctx, [other])
+            else:
+                self.held.append((number, asked, other))
         message = fobs.loads(fobs.dumps(task.data))
         result = self.executors[site].execute(task.name, message, Named(site), self.abort)
         result = fobs.loads(fobs.dumps(result))
@@ -142,14 +152,14 @@ class LocalController(FedParaController):
         self.reason = reason
 
 
-def run(folder, spoil=None, others=None, **asked):
+def run(folder, spoil=None, others=None, late=None, **asked):
     """A run in this process: the controller, after its end."""
     config = config_of(folder, **asked)
     executors = {
         site: FedParaExecutor(f"{APP}:node", SITES, config | (others or {}).get(site, {}))
         for site in SITES
     }
-    controller = LocalController(executors, config, spoil)
+    controller = LocalController(executors, config, spoil, late)
     controller.control_flow(controller.abort, Named())
     return controller
 
@@ -265,6 +275,17 @@ def test_a_site_with_other_settings_trains_nobody(tmp_path, caplog):
     assert controller.reason is None
     assert all(report.dropped == (1,) for report in history(tmp_path))
     assert "refused: site site-b (client 1): learning_rate: 0.1 here, 0.5 there" in caplog.text
+
+
+def test_a_site_that_comes_late_takes_part_from_then_on(tmp_path, monkeypatch):
+    controller = run(tmp_path, late={SITES[2]: 1}, quorum=0.5, deadline_s=4.0)
+    assert controller.reason is None
+    assert [report.dropped for report in history(tmp_path)] == [(2,), (2,), (), ()]
+    monkeypatch.setattr(
+        "fedpara_peft.federation.server.round.drop_outs",
+        lambda cohort, probability, seed, round: [2] if round < 2 else [],
+    )
+    assert_same(tmp_path, simulate(tmp_path, quorum=0.5))
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
