@@ -6,13 +6,16 @@ STAMP  := $(VENV)/.installed
 TESTS  := $(VENV)/.installed-tests
 FLOWER := $(VENV)/.installed-flower
 DOCS   := $(VENV)/.installed-docs
+# Environments with one version of an engine each: the ends of what pyproject.toml allows.
+ENGINES := flower-oldest flower-newest nvflare
+EXTRA  = $(if $(findstring flower,$*),flower,nvflare)
 
 .DEFAULT_GOAL := help
 # The demo's settings; the learning rate suits all three models.
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation docs test test-slow lint type check fmt clean \
+.PHONY: help install demo federation docs test test-slow test-engines lint type check fmt clean \
         bench bench-mnist bench-paper bench-finetune bench-flower bench-gpu bench-check
 
 help:  ## Show the targets
@@ -32,6 +35,13 @@ $(TESTS): $(STAMP)
 $(FLOWER): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,flower]'
 	touch $(FLOWER)
+
+$(VENV)-%/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[demo,$(EXTRA)]' pytest hypothesis $(if $(findstring oldest,$*),'flwr==1.41.*')
+	touch $@
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -58,6 +68,12 @@ test: $(TESTS) lint type  ## Lint, types and the test suite
 
 test-slow: $(TESTS)  ## Kills, faults, hostile bytes, real processes (an hour); TABLES=1 writes what they find
 	$(BIN)/pytest -m slow $(if $(TABLES),--write-tables)
+
+test-engines: $(ENGINES:%=test-%)  ## The engines' tests with the oldest and newest Flower, and NVIDIA FLARE
+
+$(ENGINES:%=test-%): test-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep -E '^(flwr|nvflare) '
+	$(VENV)-$*/bin/python -m pytest -rs tests/integrations/test_$(EXTRA).py 'tests/test_docs.py::test_python_blocks_run[$(EXTRA)]'
 
 docs: $(DOCS)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -108,4 +124,4 @@ fmt: $(TESTS)  ## Format the code
 	$(BIN)/ruff format .
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) outputs build dist site
+	rm -rf $(VENV) $(ENGINES:%=$(VENV)-%) outputs build dist site

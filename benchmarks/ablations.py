@@ -327,7 +327,7 @@ def of_flower(rounds: int, repeats: int) -> list[Row]:
             apps = [name for name, (app, _) in speed.APPS.items() if app == "ours"]
             for _, model, app in itertools.product(range(repeats), speed.work.MODELS, apps):
                 found.append(speed.run(federation, app, model, rounds))
-                for old in folder.glob(f"{model}-ours-*"):
+                for old in folder.glob(f"{model}-ours-*/"):  # its log stays beside it
                     shutil.rmtree(old)
     return found
 

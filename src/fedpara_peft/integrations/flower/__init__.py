@@ -11,8 +11,8 @@ except ImportError as error:
         "fedpara_peft.integrations.flower needs Flower: pip install 'fedpara-peft[flower]'"
     ) from error
 
+from ..engine.node import NodeSetup
+from ..engine.server import ServerSetup
 from .apps import client_app, server_app
-from .node import NodeSetup
-from .server import ServerSetup
 
 __all__ = ["NodeSetup", "ServerSetup", "client_app", "server_app"]

@@ -20,9 +20,10 @@ from ...federation.errors import ArgumentsError
 from ...federation.observers.callbacks import FederatedCallback
 from ...federation.server.ranks import GivenRanks
 from ...federation.strategies import Strategy
+from ..engine.node import Answer, Node, NodeSetup
+from ..engine.server import FederationServer, ServerSetup
+from .backend import FlowerBackend, logger
 from .messages import answer_record, introduction_record, read_job
-from .node import Answer, Node, NodeSetup
-from .server import FederationServer, ServerSetup
 from .worker import RemoteNode
 
 #: Settings, or how to make them from the app's run configuration (``flwr run --run-config``).
@@ -83,7 +84,12 @@ def server_app(
             resume,
             client_ranks,
         )
-        FederationServer(setup).run(grid)
+        FederationServer(setup).run(
+            lambda rounds, num_examples, expected: FlowerBackend(
+                grid, setup.args, rounds, num_examples, deadline_s, expected
+            ),
+            logger,
+        )
 
     app.main()(main)
     return app

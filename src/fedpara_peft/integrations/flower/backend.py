@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,19 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from ...comm.errors import PayloadError
-from ...comm.payload import Payload, PayloadSize
 from ...federation.arguments import FederatedArguments
-from ...federation.errors import AgreementError, ResumeError, RoundError
 from ...federation.folder.history import History
 from ...federation.server.round import OpenRound, RoundServer
-from ...federation.state import ClientUpdate, LocalSteps, Outcome, Refused, RoundReport, ServerState
+from ...federation.state import Outcome, RoundReport, ServerState
+from ..engine.answers import check_came, outcome_of, refused, run_name, used_last
+from ..engine.node import Job
 from .directory import Directory
 from .exchange import Pending, collect, dispatch
-from .messages import job_record, read_answer, refusal
-from .node import Job
+from .messages import job_record, read_answer
 
 logger = logging.getLogger("flwr.fedpara")
 
 _RUN_FILE = "flower-run.txt"
-#: Refusals of what came beside an answer.
-_BESIDE = ("duplicate",)
 
 
 class FlowerBackend:
@@ -78,17 +74,7 @@ class FlowerBackend:
             AgreementError: those that came were given another run.
         """
         name_file = Path(self._args.output_dir) / _RUN_FILE
-        if not server.round:
-            self._run_name = secrets.token_hex(8)
-            name_file.write_text(self._run_name + "\n")
-        elif name_file.exists():
-            self._run_name = name_file.read_text().strip()
-            logger.info("continuing after round %d", server.round)
-        else:
-            raise ResumeError(
-                f"{name_file.parent} holds checkpoints, but no {_RUN_FILE}: they are of a run in "
-                "one place; take another output_dir"
-            )
+        self._run_name = run_name(name_file, server.round, logger)
         self._used = used_last(history)
         self._needed = (*saved, server.round)
         self._introduce()
@@ -119,10 +105,9 @@ class FlowerBackend:
         for client in opened.reporting:
             if client in replies.content:
                 yield self._outcome(opened, client, replies.content[client])
-        for refused in replies.refused:
-            yield Outcome(
-                refused.client, refused=refused, reported=refused.client in replies.content
-            )
+        for beside in replies.refused:
+            reported = beside.client in replies.content
+            yield Outcome(beside.client, refused=beside, reported=reported)
 
     def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it: the next jobs tell it."""
@@ -141,58 +126,20 @@ class FlowerBackend:
 
     def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
         """What a client sent, used or refused by name."""
-        size = None
         try:
             answer = read_answer(content)
-            if answer.reason:
-                raise PayloadError(refusal(answer.reason), f"its node says {answer.message!r:.500}")
-            size = _size(answer.payload)
-            if answer.round != opened.number:
-                raise PayloadError(
-                    "stale", f"it answers round {answer.round + 1}, this is {opened.number + 1}"
-                )
-            update: ClientUpdate = self._rounds.received(
-                opened, client, answer.payload, answer.num_examples, answer.train_loss,
-                LocalSteps(int(answer.steps[0]), *answer.steps[1:]) if answer.steps else None,
-            )  # fmt: skip
         except PayloadError as error:
-            refused = Refused(client, error.reason, str(error))
-            return Outcome(client, size, refused=refused, seconds=None)
-        return Outcome(client, size, update, seconds=None)
+            return refused(client, error)
+        return outcome_of(self._rounds, opened, client, answer)
 
     def _introduce(self) -> None:
         """Learn how many examples every client has, as far as nodes have come."""
         directory, everybody = self._directory, set(self.names)
         logger.info("waiting for %d clients", len(everybody))
-        if not directory.wait_for(everybody, self._deadline_s, all=True):
-            missing = sorted(everybody - directory.nodes.keys())
-            if len(missing) == len(everybody) and directory.unlike:
-                raise AgreementError(
-                    "every node was given another run than the server, first "
-                    f"{next(iter(directory.unlike.values()))}: start them with the same app"
-                )
-            if len(missing) == len(everybody) or self._args.client_sampling == "weighted":
-                raise RoundError(
-                    f"{len(missing)} of {len(everybody)} clients did not come within "
-                    f"{self._deadline_s:g} s, first {missing[:5]}: start their nodes, raise "
-                    "deadline_s, or use client_sampling='uniform'"
-                )
-            logger.warning("starting without clients %s", missing)
+        directory.wait_for(everybody, self._deadline_s, all=True)
+        check_came(
+            sorted(everybody - directory.nodes.keys()), directory.unlike, len(everybody),
+            self._deadline_s, self._args.client_sampling, logger,
+        )  # fmt: skip
         for client, count in directory.num_examples.items():
             self.num_examples[client] = count
-
-
-def used_last(history: History | Sequence[RoundReport]) -> dict[int, int]:
-    """By client, the last round in which its update was used: the version of its state."""
-    used: dict[int, int] = {}
-    for report in history:
-        # A client whose second answer was refused took part all the same.
-        missing = {*report.dropped, *(c for c, r in report.refused if r not in _BESIDE)}
-        used.update({c: report.round for c in report.cohort if c not in missing})
-    return used
-
-
-def _size(payload: bytes) -> PayloadSize:
-    """Length by parts, also of bytes that are no payload."""
-    header = min(Payload(payload).size.header_bytes, len(payload))
-    return PayloadSize(header, len(payload) - header)

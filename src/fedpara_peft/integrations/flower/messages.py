@@ -6,15 +6,14 @@ A payload travels as one array of bytes, which Flower sends in chunks.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ...comm.errors import PayloadError, Refusal
-from .node import Answer, Job
+from ..engine.answers import count, malformed, steps
+from ..engine.node import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
 _STYPE = "safetensors"
@@ -36,13 +35,13 @@ def read_job(content: RecordDict) -> Job:
         facts = content["job"]
         return Job(
             run=str(facts["run"]),
-            round=_count(facts["round"]),
-            kept=_count(facts["kept"]),
-            needed=tuple(map(_count, facts["needed"])),
+            round=count(facts["round"]),
+            kept=count(facts["kept"]),
+            needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _malformed("job", error) from None
+        raise malformed("job", error) from None
 
 
 def answer_record(answer: Answer) -> RecordDict:
@@ -67,16 +66,16 @@ def read_answer(content: RecordDict) -> Answer:
     try:
         facts, metrics = content["answer"], content["metrics"]
         return Answer(
-            round=_count(facts["round"]),
-            num_examples=_count(metrics["num_examples"]),
+            round=count(facts["round"]),
+            num_examples=count(metrics["num_examples"]),
             train_loss=float(metrics["train_loss"]),
             payload=_payload(content),
-            steps=_steps(metrics.get("steps", [])),
+            steps=steps(metrics.get("steps", [])),
             reason=str(facts["reason"]),
             message=str(facts["message"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _malformed("answer", error) from None
+        raise malformed("answer", error) from None
 
 
 def introduction_record(client: int, num_examples: int, facts: Mapping[str, Any]) -> RecordDict:
@@ -97,14 +96,9 @@ def read_introduction(content: RecordDict) -> tuple[int, int, dict[str, Any]]:
         facts = json.loads(str(record["facts"]))
         if not isinstance(facts, dict):
             raise TypeError("facts are no object")
-        return _count(record["client"]), _count(record["num_examples"]), facts
+        return count(record["client"]), count(record["num_examples"]), facts
     except (KeyError, TypeError, ValueError) as error:
-        raise _malformed("introduction", error) from None
-
-
-def refusal(reason: str) -> Refusal:
-    """A reason that came from elsewhere, if it is one."""
-    return reason if reason in get_args(Refusal) else "malformed"  # type: ignore[return-value]
+        raise malformed("introduction", error) from None
 
 
 def _with_payload(payload: bytes, records: dict[str, Any]) -> RecordDict:
@@ -117,22 +111,3 @@ def _payload(content: RecordDict) -> bytes:
     if not isinstance(data, bytes):
         raise TypeError("the payload is not bytes")
     return data
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r:.40} is not a count")
-    return value
-
-
-def _steps(values: Any) -> tuple[float, ...]:
-    """Count, learning rate and weight of a client's steps, as far as they may be used."""
-    found = tuple(float(value) for value in values)
-    if found and (len(found) not in (2, 3) or not all(math.isfinite(v) and v > 0 for v in found)):
-        raise ValueError(f"{values!r:.80} are no steps")
-    return found
-
-
-def _malformed(what: str, error: Exception) -> PayloadError:
-    found = f"{type(error).__name__} {error!s:.100}"
-    return PayloadError("malformed", f"not an {what} ({found}): run one version on both ends")

@@ -30,7 +30,7 @@ from typing import Any
 from filelock import FileLock
 
 from ...federation.errors import ArgumentsError, RoundError
-from .node import Answer, Introduction, Job, Node, NodeSetup, client_folder
+from ..engine.node import Answer, Introduction, Job, Node, NodeSetup, client_folder
 
 _MAIN = "from fedpara_peft.integrations.flower.worker import main; main()"
 _START_S = 300.0
@@ -41,7 +41,7 @@ _GONE = (OSError, EOFError, AuthenticationError, ValueError)
 
 
 class RemoteNode:
-    """A :class:`~.node.Node` in a process of its own, started when first needed.
+    """A node (:class:`~..engine.node.Node`) in a process of its own, started when first needed.
 
     Args:
         setup: model, data and settings; its functions must be importable.

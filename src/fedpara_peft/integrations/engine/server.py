@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from flwr.serverapp import Grid
 from torch import nn
 
 from ...federation.arguments import FederatedArguments
+from ...federation.backend import Backend
 from ...federation.client.evaluation import Evaluator, Metrics
 from ...federation.client.local import LocalTrainer
 from ...federation.crew import Crew
@@ -31,10 +31,11 @@ from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
 from ...federation.server.schedule import factor_blocks
 from ...federation.strategies import Strategy, as_strategy
-from .backend import FlowerBackend
 from .node import node_facts
 
-logger = logging.getLogger("flwr.fedpara")
+#: Makes the clients of a run from what decodes their payloads, the list of their numbers of
+#: examples (to be filled in), and what every node must have been given, by name.
+BackendOf = Callable[[RoundServer, list[int], Mapping[str, Any]], Backend]
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,12 @@ class FederationServer:
         self._ranks = ranks_of(self._model, args, self._strategy, setup.client_ranks, clients)
         self._rank_facts = self._ranks.facts(clients)
 
-    def run(self, grid: Grid) -> History:
-        """Run all rounds with the nodes of a grid.
+    def run(self, clients: BackendOf, logger: logging.Logger) -> History:
+        """Run all rounds with the clients of an engine.
+
+        Args:
+            clients: makes the engine's backend.
+            logger: where every round is told in a line.
 
         Raises:
             RoundError: too few updates of a round could be used.
@@ -131,7 +136,7 @@ class FederationServer:
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         facts |= self._rank_facts  # of which a node knows its own client's
-        backend = FlowerBackend(grid, args, rounds, num_examples, setup.deadline_s, expected)
+        backend = clients(rounds, num_examples, expected)
         run = Run(
             args, strategy, backend, rounds, local, Crew(self._accelerator), self._trackers,
             setup.callbacks, None if self._eval_data is None else self._evaluate, facts, logger,
