@@ -56,7 +56,7 @@ class SecureClient:
             entropy(KEY_BYTES) for _ in range(3)
         )
         self._keys: dict[int, bytes] = {}
-        self._shares: dict[int, list[int]] = {}
+        self._shares: dict[int, tuple[int, ...]] = {}
         self._next = Kind.KEYS
 
     def advertise(self) -> bytes:
@@ -88,12 +88,11 @@ class SecureClient:
         self._keys = keys
         points = [agreed.points[client] for client in agreed.clients]
         parts = [
-            dict(
-                zip(agreed.clients, share(s, agreed.threshold, points, self._entropy), strict=True)
-            )
-            for s in (self._own_seed, self._masking_key)
+            share(secret, agreed.threshold, points, self._entropy)
+            for secret in (self._own_seed, self._masking_key)
         ]
-        shares = {client: [part[client] for part in parts] for client in keys}
+        both_of = dict(zip(agreed.clients, zip(*parts, strict=True), strict=True))
+        shares = {client: both_of[client] for client in keys}
         self._shares = {self._client: shares.pop(self._client)}
         sealed = {
             client: seal(
@@ -126,7 +125,7 @@ class SecureClient:
         found = {}
         for client, text in sealed.items():
             opened = unseal(self._sealing(client), client, text, self._between(client, sent=False))
-            found[client] = split_shares(opened, 2)
+            found[client] = tuple(split_shares(opened, 2))
         self._step(Kind.ALL_SHARES, Kind.SURVIVORS)
         self._shares.update(found)
         vector = vector.plus(agreed.mask(self._own_seed))

@@ -120,9 +120,7 @@ def split_entries(body: bytes, size: int, allowed: Sequence[int]) -> dict[int, b
         if client not in known:
             raise PayloadError("not_sampled", f"it has an entry of client {client}, not a peer")
         if client <= last:
-            raise PayloadError(
-                "duplicate", f"client {client} has two entries, or they are unsorted"
-            )
+            raise PayloadError("duplicate", f"client {client} has two entries, or is out of order")
         found[client] = body[start + _INDEX.size : start + step]
         last = client
     return found

@@ -27,7 +27,7 @@ from .shamir import SHARE_BYTES, reconstruct
 class SecureServer:
     """Collects a cohort's messages stage by stage; see :class:`~.client.SecureClient`.
 
-        Σ_{u ∈ U₃} x_u = Σ_{u ∈ U₃} y_u - Σ_{u ∈ U₃} PRG(b_u) - Σ_{v ∈ U₂ \\ U₃} Σ_{u ∈ U₃} ± PRG(s_uv)
+        Σ_u x_u = Σ_u y_u - Σ_u PRG(b_u) - Σ_v Σ_u ± PRG(s_uv),   u ∈ U₃, v ∈ U₂ without U₃
 
     U₂ are the clients that shared, U₃ those whose vectors came. Of a client of U₃ it learns b_u, of
     the others of U₂ the key, and of nobody both: that is all that t clients tell it.

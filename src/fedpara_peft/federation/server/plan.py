@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...comm.ledger import PAPER_MEGABITS_PER_S, energy_j, shown_bytes, transfer_s
-from ...comm.state import communicated_state
+from ...comm.schema import schema_of
+from ...comm.secure.messages import Kind, lengths
+from ...comm.state import State, communicated_state
 from ...tuner.scope import persistent_buffers
 from ...tuner.summary import html_table
 from ..arguments import FederatedArguments
+from ..secure.fit import agreement_of, require_possible
 from ..state import ServerState
 from ..strategies import FedAvg, Strategy
 from .channel import Channel
@@ -109,11 +112,18 @@ def plan(
     server = ServerState(0, shared, buffers=buffers)
     products = factor_blocks(model, args.factor_schedule)
     channel = Channel(args, strategy)
+    if args.secure_aggregation:
+        require_possible(args, strategy, cohort, schema_of(shared), sorted(buffers))
     down, up = [], []
     for number in range(args.num_rounds):
         resting = resting_factors(products, number)
         down.append(len(channel.layout("downlink", server, resting).form.size))
-        up.append(len(channel.layout("uplink", server, resting).form.size))
+        layout = channel.layout("uplink", server, resting)
+        up.append(len(layout.form.size))
+        if args.secure_aggregation:
+            sent = {n: shared[n] for n in layout.params}
+            received, up[-1] = _secure_bytes(args, strategy, number, cohort, sent)
+            down[-1] += received
     return Plan(
         num_clients=num_clients,
         cohort_size=cohort,
@@ -122,3 +132,14 @@ def plan(
         downlink_bytes=tuple(down),
         uplink_bytes=tuple(up),
     )
+
+
+def _secure_bytes(
+    args: FederatedArguments, strategy: Strategy, number: int, cohort: int, sent: State
+) -> tuple[int, int]:
+    """What each client receives beside w_t, and sends, where masked updates are summed."""
+    agreed = agreement_of(args, strategy, number, range(cohort), schema_of(sent))
+    size = lengths(agreed)
+    received = (Kind.ALL_KEYS, Kind.ALL_SHARES, Kind.SURVIVORS)
+    down = sum(size[kind] for kind in received)
+    return down, sum(size.values()) - down

@@ -26,6 +26,7 @@ from ...federation.observers.callbacks import FederatedCallback
 from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
+from ...federation.secure.fit import require_plain
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
@@ -88,6 +89,7 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         if setup.args.metric_for_best_model and not setup.eval_data_fn:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
+        require_plain(setup.args, "Flower")
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)
