@@ -93,6 +93,7 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/client_step.py
 	$(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/truncation.py
+	$(BIN)/python benchmarks/secure_aggregation.py
 
 bench-mnist: $(TESTS)  ## Measure codecs on MNIST; MNIST=folder or Hub id
 	$(BIN)/python benchmarks/codecs_mnist.py --data $(or $(MNIST),ylecun/mnist)

@@ -4,7 +4,7 @@ Importing this package registers the method with PEFT.
 """
 
 from .comm.codecs import Codec
-from .comm.errors import CodecError, PayloadError, StateError
+from .comm.errors import CodecError, PayloadError, SecureAggregationError, StateError
 from .comm.state import (
     communicated_state,
     load_communicated_state,
@@ -117,6 +117,7 @@ __all__ = [
     "RoundError",
     "RunFolderError",
     "Scaffold",
+    "SecureAggregationError",
     "StateError",
     "Strategy",
     "TargetError",

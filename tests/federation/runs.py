@@ -78,6 +78,9 @@ VARIANTS = {
     "seeded": {},
     "ranks": {"uplink_codec": "topk:0.2+int4", "error_feedback": True},
     "diverge": {"learning_rate": 1e30, "quorum": 0.5},
+    "secure": {
+        "secure_aggregation": True, "secure_clip": 0.5, "unmask_drop_out_probability": 0.1,
+    },
     "keep": {
         "optim": "adamw", "learning_rate": 0.01, "optimizer_state": "keep", "momentum": 0.0,
         "factor_learning_rate": 0.02, "warmup_rounds": 2,

@@ -32,6 +32,10 @@ class CodecError(FedParaError, ValueError):
     """A codec does not exist, or cannot be used for what it is asked."""
 
 
+class SecureAggregationError(FedParaError, RuntimeError):
+    """A sum cannot be made without showing what it is of: it is not made, nothing is revealed."""
+
+
 class PayloadError(FedParaError, ValueError):
     """Bytes that arrived are not the state that was agreed on; nothing of them is used.
 

@@ -229,6 +229,8 @@ class Run:
                 self._rounds.take_in(opened, outcome.update)
                 if bias is not None:
                     bias.add(outcome.update.update, self._rounds.weight(outcome.update))
+        for client, direction, size in opened.updates.beside:
+            self.ledger.record(number, client, direction, size)
         if failed and len(failed) == len(came):  # the fault is not one client's
             raise failed[0].error or RoundError(f"every client failed, first {failed[0].message}")
         ended, mean = self._rounds.close(opened)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..comm.ledger import Ledger
+from ..comm.schema import schema_of
 from ..comm.state import State
 from ..tuner.layer import factorized_layers
 from .arguments import FederatedArguments
@@ -36,6 +37,9 @@ from .observers.trackers import Trackers
 from .precision import Precision
 from .processes import Processes
 from .run import Run
+from .secure.fit import require_possible
+from .secure.seal import Sealer
+from .secure.simulation import SecureSimulation
 from .server.averaging import ExactAverage
 from .server.channel import Channel
 from .server.ranks import GivenRanks, ranks_of
@@ -157,9 +161,15 @@ class FederatedTrainer:
         ranks_facts = ranks.facts(range(len(names)))
         crew.agree(lambda: ranks_facts)
         self._channel = Channel(args, self.strategy, ranks)
+        if args.secure_aggregation:
+            require_possible(
+                args, self.strategy, args.cohort_size(len(names)), schema_of(local.shared),
+                sorted(local.buffers), ranks=client_ranks is not None, processes=crew.size,
+            )  # fmt: skip
+        sealer = Sealer(args) if args.secure_aggregation else None
         self._simulation = Simulation(
             args, self.population, local, None if given else self._stacked_engine(loss),
-            Turns(args, self._channel, self.strategy, names), self._evaluator, crew, ranks,
+            Turns(args, self._channel, self.strategy, names, sealer), self._evaluator, crew, ranks,
         )  # fmt: skip
         rounds = RoundServer(
             args,
@@ -174,6 +184,8 @@ class FederatedTrainer:
         backend: Backend = self._simulation
         if crew.size > 1:
             backend = Processes(self._simulation, rounds, self.accelerator, crew)
+        if sealer is not None:
+            backend = SecureSimulation(args, self.strategy, self._simulation, sealer)
         self._run = Run(
             args, self.strategy, backend, rounds, local, crew, self._trackers,
             self.callbacks, None if eval_dataset is None else self.evaluate,

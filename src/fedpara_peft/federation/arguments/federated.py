@@ -12,6 +12,7 @@ from .checks import as_annotated, as_options, lies_in
 from .local import LocalArguments
 from .rounds import RoundArguments
 from .schedule import share_of_rate
+from .secure import SecureArguments, require_meaning
 from .server import ServerArguments
 from .watching import WatchingArguments
 
@@ -21,14 +22,15 @@ _INTERVALS = {
                "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds",
                "early_stopping_threshold"),
     "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
-               "eval_batch_size", "save_total_limit", "clients_per_round",
+               "eval_batch_size", "save_total_limit", "clients_per_round", "secure_max_examples",
                "early_stopping_patience"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
     "(0, ∞)": ("learning_rate", "factor_learning_rate", "learning_rate_decay", "max_grad_norm",
-               "max_update_norm", "clip_update_norm"),
+               "max_update_norm", "clip_update_norm", "secure_clip"),
     "(0, 1]": ("client_fraction",),
     "[0, 1]": ("quorum",),
-    "[0, 1)": ("drop_out_probability", "momentum", "warmup_ratio"),
+    "[0, 1)": ("drop_out_probability", "momentum", "warmup_ratio", "unmask_drop_out_probability"),
+    "[0, 0.5)": ("secure_drop_outs",),
     "(0, 1)": ("dp_delta",),
 }  # fmt: skip
 _CODECS = ("uplink_codec", "downlink_codec")
@@ -48,7 +50,9 @@ _OWN_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay", "momentum
 
 # Fields come in the order of the bases from the last to the first: output_dir leads.
 @dataclass
-class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, RoundArguments):
+class FederatedArguments(
+    WatchingArguments, SecureArguments, ServerArguments, LocalArguments, RoundArguments
+):
     """Settings of a federated run; ``HfArgumentParser`` reads them from a command line.
 
     Raises:
@@ -78,9 +82,9 @@ class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, Rou
             raise ArgumentsError(
                 f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
             )
-
         if self.exact_average:
             self._require_plain_mean()
+        require_meaning(self, self.clip_update_norm)
         for option in (options or {}).keys() & _OWN_OPTIONS.keys():
             raise ArgumentsError(
                 f"optim_args has {option!r}: give it as {_OWN_OPTIONS[option]}, which all "
@@ -133,6 +137,7 @@ class FederatedArguments(WatchingArguments, ServerArguments, LocalArguments, Rou
         for name, plain, why in (
             ("aggregation", "mean", "no other aggregate is a mean of weights"),
             ("dp_noise_multiplier", 0.0, "every client's factors go to the others"),
+            ("secure_aggregation", False, "the server makes it of every client's factors"),
             ("factor_schedule", "all", "with one block the factors' mean is the weights' already"),
         ):
             if (value := getattr(self, name)) != plain:

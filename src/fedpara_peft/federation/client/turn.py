@@ -38,6 +38,25 @@ class Delivery:
     refused: PayloadError | None = None
 
 
+@dataclass(frozen=True)
+class Sealed:
+    """An update that only a sum will show.
+
+    Attributes:
+        update: what the sum has of it; it stays with the client.
+        payload: what travels.
+        size: its length.
+    """
+
+    update: ClientUpdate
+    payload: Payload
+    size: PayloadSize
+
+
+#: Seals a client's update in a round; see ``federation/secure``.
+Seal = Callable[[ClientUpdate, int], Sealed]
+
+
 class Turns:
     """Takes what clients train through the channel and into the store.
 
@@ -46,11 +65,18 @@ class Turns:
         channel: codecs and lengths.
         strategy: the federated optimizer.
         names: the clients' names.
+        seal: what makes an update unreadable to the server; None: it is sent as it is.
     """
 
     def __init__(
-        self, args: FederatedArguments, channel: Channel, strategy: Strategy, names: Sequence[Any]
+        self,
+        args: FederatedArguments,
+        channel: Channel,
+        strategy: Strategy,
+        names: Sequence[Any],
+        seal: Seal | None = None,
     ) -> None:
+        self._seal = seal
         self._args = args
         self._channel = channel
         self._strategy = strategy
@@ -84,7 +110,9 @@ class Turns:
         try:
             trained = train()
             seconds += time.perf_counter() - start
-            found = deliver(trained, self._channel, self._strategy, self._args, encode=encode)
+            found = deliver(
+                trained, self._channel, self._strategy, self._args, encode=encode, seal=self._seal
+            )
             sent = None if found.size is None else trained.update
         except PayloadError as error:  # it has nothing to deliver
             found = Delivery(refused=error)
@@ -118,6 +146,7 @@ def deliver(
     args: FederatedArguments,
     *,
     encode: bool = False,
+    seal: Seal | None = None,
 ) -> Delivery:
     """Send what a client trained, and find what it keeps.
 
@@ -131,6 +160,7 @@ def deliver(
         strategy: the federated optimizer.
         args: the run's settings.
         encode: make the payload, also where its length would do.
+        seal: what makes it unreadable to the server, once the client itself has checked it.
     """
     turn = trained.turn
     size = channel.uplink_size(trained.update)
@@ -139,9 +169,14 @@ def deliver(
         sent = channel.uplink(trained.update, turn.residual, turn.round, encode=encode)
         payload = sent.payload
         used = checked(sent.received, args)
+        if seal is not None:
+            sealed = seal(used, turn.round)
+            used, payload, size = sealed.update, sealed.payload, sealed.size
         state = checked_state(_kept(trained, used, sent.residual, strategy))
     except PayloadError as error:
-        if error.reason == "norm":  # the server finds the same; it is sent to be counted
+        if (
+            error.reason == "norm" and seal is None
+        ):  # the server finds the same; it is sent to be counted
             return Delivery(size, payload, refused=error)
         return Delivery(refused=error)
     return Delivery(size, payload, used, state)

@@ -43,6 +43,7 @@ _FREE = {
     "client_store", "report_to", "disable_tqdm", "report_averaging_bias", "on_client_error",
     "overwrite_output_dir", "metric_for_best_model", "greater_is_better",
     "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold",
+    "secure_drop_outs", "unmask_drop_out_probability",
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
+from ...comm.ledger import Direction
+from ...comm.payload import PayloadSize
 from ...comm.state import State
 from ..state import ClientUpdate, CohortMean, Refused
 from .mean import Aggregate
@@ -27,6 +29,7 @@ class Cohort:
         count: updates taken in.
         levels: the ranks of their clients.
         refused: updates that are not used.
+        beside: client, direction and length of what travelled beside broadcast and updates.
     """
 
     def __init__(
@@ -43,13 +46,14 @@ class Cohort:
         self._updates = self._ranks.aggregate(like, levels, aggregate)
         self._buffers = aggregate(buffers)
         self._extra = {g: self._ranks.aggregate(like, levels, aggregate) for g in groups}
-        self._examples = 0
+        self._examples = 0.0
         self._loss = 0.0
         self._keep = keep
         self._kept: list[tuple[ClientUpdate, float]] = []
         self.count = 0
         self.levels: set[Level] = set()
         self.refused: list[Refused] = []
+        self.beside: list[tuple[int, Direction, PayloadSize]] = []
 
     def add(self, update: ClientUpdate, weight: float) -> None:
         """Take in a client's update."""
@@ -64,6 +68,19 @@ class Cohort:
         self.count += 1
         if self._keep:
             self._kept.append((dataclasses.replace(update, buffers={}), weight))
+
+    def take_mean(self, mean: State, weight: float, count: int, train_loss: float) -> None:
+        """Take in the mean of all updates at once, where no single one is seen.
+
+        Args:
+            mean: of the parameters.
+            weight: of the updates, all together.
+            count: updates that it is of.
+            train_loss: their mean by weight.
+        """
+        self._updates.add(mean, 1.0)
+        self.levels.add(None)
+        self._loss, self._examples, self.count = train_loss * weight, weight, count
 
     def mean(self, population: int) -> CohortMean:
         """The means, and the share of the population that they are of."""

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...comm.ledger import PAPER_MEGABITS_PER_S, Direction, energy_j, shown_bytes, transfer_s
-from ...comm.state import communicated_state
+from ...comm.schema import schema_of
+from ...comm.secure.messages import Kind, lengths
+from ...comm.state import State, communicated_state
 from ...tuner.scope import persistent_buffers
 from ...tuner.summary import html_table
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
+from ..secure.fit import agreement_of, require_possible
 from ..state import ServerState
 from ..strategies import FedAvg, Strategy
 from .channel import Channel
@@ -122,6 +125,11 @@ def plan(
     ranks = ranks_of(model, args, strategy, client_ranks, range(num_clients))
     channel = Channel(args, strategy, ranks)
     levels = Counter(ranks.level(client) for client in range(num_clients))
+    if args.secure_aggregation:
+        require_possible(
+            args, strategy, cohort, schema_of(shared), sorted(buffers),
+            ranks=client_ranks is not None,
+        )  # fmt: skip
 
     def mean_size(direction: Direction, resting: set[str]) -> int:
         sizes = {
@@ -135,6 +143,11 @@ def plan(
         resting = resting_factors(products, number)
         down.append(mean_size("downlink", resting))
         up.append(mean_size("uplink", resting))
+        if args.secure_aggregation:
+            layout = channel.layout("uplink", server, resting)
+            sent = {n: shared[n] for n in layout.params}
+            received, up[-1] = _secure_bytes(args, strategy, number, cohort, sent)
+            down[-1] += received
     return Plan(
         num_clients=num_clients,
         cohort_size=cohort,
@@ -143,3 +156,14 @@ def plan(
         downlink_bytes=tuple(down),
         uplink_bytes=tuple(up),
     )
+
+
+def _secure_bytes(
+    args: FederatedArguments, strategy: Strategy, number: int, cohort: int, sent: State
+) -> tuple[int, int]:
+    """What each client receives beside w_t, and sends, where masked updates are summed."""
+    agreed = agreement_of(args, strategy, number, range(cohort), schema_of(sent))
+    size = lengths(agreed)
+    received = (Kind.ALL_KEYS, Kind.ALL_SHARES, Kind.SURVIVORS)
+    down = sum(size[kind] for kind in received)
+    return down, sum(size.values()) - down

@@ -24,6 +24,7 @@ from ...federation.data.loss import DefaultLoss, LossFunction
 from ...federation.errors import ClientDataError, RoundError, about
 from ...federation.folder.checkpoint import must_agree
 from ...federation.folder.store import DiskStore
+from ...federation.secure.fit import require_plain
 from ...federation.server.admission import usable_state
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
@@ -138,6 +139,7 @@ class Node:
     """
 
     def __init__(self, setup: NodeSetup) -> None:
+        require_plain(setup.args, "nodes")
         self._setup = setup
         args, strategy = setup.args, as_strategy(setup.strategy)
         accelerator = Accelerator()

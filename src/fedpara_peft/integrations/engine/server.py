@@ -26,6 +26,7 @@ from ...federation.observers.callbacks import FederatedCallback
 from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
+from ...federation.secure.fit import require_plain
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
@@ -90,9 +91,10 @@ class FederationServer:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
         if setup.args.exact_average:
             raise ArgumentsError(
-                "exact_average is for simulations: Flower's nodes do not follow the remainders "
-                "yet; use factor_schedule='one_block', whose average is exact"
+                "exact_average is for simulations: nodes do not follow the remainders yet; use "
+                "factor_schedule='one_block', whose average is exact"
             )
+        require_plain(setup.args, "nodes")
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)
