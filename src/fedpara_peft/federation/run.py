@@ -214,7 +214,7 @@ class Run:
         came: set[int] = set()
         failed: list[Refused] = []
         sent: list[Outcome] = []
-        for outcome in bars.within(self._backend.outcomes(opened), len(opened.reporting)):
+        for outcome in bars.within(self._backend.outcomes(opened), opened.awaited):
             if outcome.reported:
                 came.add(outcome.client)
             if outcome.size is not None:
@@ -236,7 +236,7 @@ class Run:
             opened,
             self.ledger,
             time.perf_counter() - start,
-            dropped=[client for client in opened.reporting if client not in came],
+            dropped=[client for client in opened.ended if client not in came],
             averaging_bias=None if bias is None else bias.result(mean.update),
             slowest_client_s=_slowest([outcome.seconds for outcome in sent]),
         )

@@ -30,6 +30,8 @@ from .data.population import Population
 from .errors import ArgumentsError
 from .folder.checkpoint import write_model
 from .folder.history import History
+from .late.backend import LateClients
+from .late.seconds import GivenSeconds, seconds_of
 from .observers.callbacks import FederatedCallback
 from .observers.trackers import Trackers
 from .precision import Precision
@@ -79,6 +81,9 @@ class FederatedTrainer:
         client_ranks: how many columns of every factor each client trains: a number, or a share in
             (0, 1]; by client name, in order, or as a function of the name. All by default; see
             :mod:`~.server.ranks`.
+        client_seconds: how long each client takes for a turn, transfers included: by client name,
+            in order, or as a function of the name. It gives reports a simulated clock, and with
+            ``args.buffer_size`` it says who is late.
 
     Attributes:
         history: reports of the last run's rounds.
@@ -103,6 +108,7 @@ class FederatedTrainer:
         client_eval_dataset: Sequence[Any] | Mapping[Any, Any] | None = None,
         optimizer: OptimizerFactory | None = None,
         client_ranks: GivenRanks | None = None,
+        client_seconds: GivenSeconds | None = None,
     ) -> None:
         _check_given(args)
         self.args = args
@@ -141,7 +147,8 @@ class FederatedTrainer:
         )  # fmt: skip
         names = self.population.names
         self._ranks = ranks = ranks_of(model, args, self.strategy, client_ranks, names)
-        ranks_facts = ranks.facts(range(len(names)))
+        seconds = seconds_of(client_seconds, args, names)
+        ranks_facts = ranks.facts(range(len(names))) | (seconds.facts if seconds else {})
         crew.agree(lambda: ranks_facts)
         self._channel = Channel(args, self.strategy, ranks)
         self._simulation = Simulation(
@@ -156,9 +163,17 @@ class FederatedTrainer:
             ServerState(0, local.shared, buffers=local.buffers),
             factor_blocks(model, args.factor_schedule),
             names,
+            seconds,
         )
         backend: Backend = self._simulation
+        if args.buffer_size is not None:
+            backend = LateClients(self._simulation)
         if crew.size > 1:
+            if args.buffer_size is not None:
+                raise ArgumentsError(
+                    "buffer_size needs one process: what clients that are still at work have "
+                    "learnt is not shared"
+                )
             backend = Processes(self._simulation, rounds, self.accelerator, crew)
         self._run = Run(
             args, self.strategy, backend, rounds, local, crew, self._trackers,

@@ -11,6 +11,7 @@ from ...comm.state import communicated_state
 from ...tuner.scope import persistent_buffers
 from ...tuner.summary import html_table
 from ..arguments import FederatedArguments
+from ..errors import ArgumentsError
 from ..state import ServerState
 from ..strategies import FedAvg, Strategy
 from .channel import Channel
@@ -101,6 +102,11 @@ def plan(
         ArgumentsError: the arguments do not fit each other or the model.
     """
     strategy = strategy or FedAvg()
+    if args.buffer_size is not None:
+        raise ArgumentsError(
+            "a plan is of rounds that wait for their cohort, and with buffer_size clients' speeds "
+            "decide who sends: plan without it"
+        )
     require_fit(strategy, args)
     cohort = args.cohort_size(num_clients)
     shared = communicated_state(model, args.local_modules) if strategy.communicates else {}

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...comm.errors import PayloadError
@@ -14,6 +14,9 @@ from ...comm.ledger import Direction, Ledger
 from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
+from ..late.arrivals import Arrivals
+from ..late.fit import require_late_possible
+from ..late.seconds import ClientSeconds
 from ..state import (
     ClientUpdate,
     CohortMean,
@@ -41,7 +44,7 @@ class OpenRound:
 
     Attributes:
         number: rounds completed before it.
-        cohort: the sampled clients.
+        cohort: the sampled clients, whose turns begin.
         dropped: those of them that will not report, in a simulation.
         resting: parameters that do not change in it.
         server: the server, with the downlink's new residual.
@@ -50,6 +53,8 @@ class OpenRound:
         sent: what they receive, by their rank, each with its payload where one was asked for.
         ranks: which columns each client has.
         updates: what has been taken in so far.
+        finish_s: when the turns that begin end, by the simulated clock; empty without seconds.
+        late: whose turns end, where the round does not wait for its cohort.
     """
 
     number: int
@@ -62,6 +67,25 @@ class OpenRound:
     sent: Mapping[Level, Sent]
     ranks: ClientRanks
     updates: Cohort
+    finish_s: Mapping[int, float] = field(default_factory=dict)
+    late: Arrivals | None = None
+
+    @property
+    def ended(self) -> tuple[int, ...]:
+        """The clients whose turns end in the round, as far as that is known."""
+        return self.cohort if self.late is None else self.late.ended
+
+    @property
+    def awaited(self) -> int:
+        """Clients that the round waits for."""
+        return len(self.reporting) if self.late is None else self.late.size
+
+    @property
+    def clock_s(self) -> float:
+        """The simulated time when the last turn ended."""
+        if self.late is not None:
+            return self.late.clock_s
+        return max(self.finish_s.values(), default=self.server.clock_s)
 
     @property
     def reporting(self) -> list[int]:
@@ -84,6 +108,7 @@ class RoundServer:
         start: the state before the first round.
         products: the model's factor blocks, where they take turns.
         names: the clients' names, their indices by default.
+        seconds: how long clients take, in a simulation that has a clock.
 
     Raises:
         ArgumentsError: the arguments do not fit the clients or the model.
@@ -98,6 +123,7 @@ class RoundServer:
         start: ServerState,
         products: list[list[str]],
         names: Sequence[Any] | None = None,
+        seconds: ClientSeconds | None = None,
     ) -> None:
         require_fit(strategy, args)
         self._args = args
@@ -106,6 +132,7 @@ class RoundServer:
         self._num_examples = num_examples
         self._names = range(len(num_examples)) if names is None else names
         self._products = products
+        self._seconds = seconds
         self._cohort_size = args.cohort_size(len(num_examples))
         self._aggregate = aggregate_from_name(args.aggregation)
         self._privacy: GaussianMechanism | None = None
@@ -127,9 +154,11 @@ class RoundServer:
             encode: whether the payload is needed, not its length alone.
         """
         args, number = self._args, server.round
+        busy = [flight.client for flight in server.flights]
         cohort = sample_cohort(
-            self._num_examples, self._cohort_size, args.seed, number, args.client_sampling
-        )
+            self._num_examples, self._cohort_size - len(busy), args.seed, number,
+            args.client_sampling, busy,
+        )  # fmt: skip
         dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
         resting = frozenset(resting_factors(self._products, number))
         uplink = self._channel.layout("uplink", server, resting)
@@ -140,7 +169,9 @@ class RoundServer:
             level: self._channel.downlink(server, extra, resting, level, encode=encode)
             for level in levels
         }
+        arriving = dict.fromkeys(ranks.level(client) for client in (*cohort, *busy))
         buffers = {n: server.params[n] for n in uplink.buffers}
+        seconds = self._seconds
         return OpenRound(
             number=number,
             cohort=tuple(cohort),
@@ -159,8 +190,10 @@ class RoundServer:
                 self._aggregate,
                 self._strategy.sees_updates,
                 ranks,
-                levels,
+                arriving,
             ),
+            finish_s={c: server.clock_s + seconds.of(c, number) for c in cohort} if seconds else {},
+            late=None if args.buffer_size is None else Arrivals(server, args),
         )
 
     def received(
@@ -205,8 +238,9 @@ class RoundServer:
         return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
 
     def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
-        """Use a checked update; call it in client order."""
-        opened.updates.add(update, self.weight(update))
+        """Use a checked update, a late one for less; call it in client order."""
+        discount = 1.0 if opened.late is None else opened.late.used(update.client)
+        opened.updates.add(update, self.weight(update), discount)
 
     def refuse(self, opened: OpenRound, refused: Refused) -> None:
         """Note an update that is not used, by its client's name."""
@@ -224,7 +258,7 @@ class RoundServer:
         quorum = self._args.quorum
         if quorum is None and self._privacy is not None:
             quorum = 0.0  # with noise it must not show that everybody was refused
-        require_quorum(updates.count, updates.refused, len(opened.cohort), quorum)
+        require_quorum(updates.count, updates.refused, len(opened.ended), quorum)
         mean = updates.mean(len(self._num_examples))
         stepped = opened.part
         if updates.count or self._privacy is not None:  # that nobody came must not show
@@ -232,7 +266,9 @@ class RoundServer:
             stepped = opened.ranks.with_resting(stepped, opened.part, updates.levels)
         params = {**stepped.params, **updates.buffers()}
         next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
-        return opened.server.updated(next_round), mean
+        flights = () if opened.late is None else opened.late.at_work
+        after = opened.server.updated(next_round)
+        return dataclasses.replace(after, clock_s=opened.clock_s, flights=flights), mean
 
     def report(
         self,
@@ -249,15 +285,16 @@ class RoundServer:
             opened: the round.
             ledger: with its transfers.
             seconds: how long it took.
-            dropped: clients that did not report, beside those that the simulation dropped.
+            dropped: clients that did not report, of those whose turns ended.
             averaging_bias: where it was measured.
             slowest_client_s: where it was measured.
         """
         number, updates, names = opened.number + 1, opened.updates, self._names
+        mean_age, oldest = (None, None) if opened.late is None else opened.late.ages
         return RoundReport(
             round=number,
-            cohort=tuple(names[client] for client in opened.cohort),
-            dropped=tuple(names[client] for client in sorted({*opened.dropped, *dropped})),
+            cohort=tuple(names[client] for client in opened.ended),
+            dropped=tuple(names[client] for client in sorted(dropped)),
             refused=tuple((names[r.client], r.reason) for r in updates.refused),
             train_loss=updates.train_loss,
             metrics={},
@@ -268,6 +305,9 @@ class RoundServer:
             epsilon=self.epsilon(number),
             seconds=seconds,
             slowest_client_s=slowest_client_s,
+            clock_s=None if self._seconds is None else opened.clock_s,
+            staleness_mean=mean_age,
+            staleness_max=oldest,
         )
 
     def epsilon(self, rounds: int) -> float | None:
@@ -289,6 +329,7 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     Raises:
         ArgumentsError: it is not.
     """
+    require_late_possible(strategy, args)
     obstacle = strategy.obstacle(args)
     if args.dp_noise_multiplier and strategy.sees_updates:
         obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"
