@@ -203,6 +203,7 @@ def test_a_failed_round_takes_its_clients_back(tmp_path):
         ("Scaffold", "pfedpara"),
         ("FedAdam", "fedpara", "seeded"),
         ("FedAvg", "pfedpara", "keep"),
+        ("FedAvgM", "pfedpara", "late"),
     ],
 )
 def test_killed_and_resumed(tmp_path, case):

@@ -27,6 +27,7 @@ MORE = [
     ("Scaffold", "fedpara", "batched"),
     ("FedAvg", "fedpara", "noise"),
     ("FedAvg", "pfedpara", "keep"),
+    ("FedAvgM", "pfedpara", "late"),
 ]
 CASES = [*itertools.product(STRATEGIES, PARAMETERIZATIONS, [None]), *MORE]
 

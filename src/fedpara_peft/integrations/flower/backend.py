@@ -102,7 +102,8 @@ class FlowerBackend:
         for client in opened.reporting:
             payload = opened.sent_to(client).payload
             data, kept = payload.data if payload else b"", self._used.get(client, 0)
-            jobs[client] = job_record(Job(self._run_name, opened.number, kept, self._needed, data))
+            needed = self._needed_of(client)
+            jobs[client] = job_record(Job(self._run_name, opened.number, kept, needed, data))
         group = str(opened.number + 1)
         self._pending = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
         return list(self._pending.expected.values())
@@ -138,6 +139,10 @@ class FlowerBackend:
     def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
         """Nothing: clients' own data are not evaluated on nodes."""
         return {}
+
+    def _needed_of(self, client: int) -> tuple[int, ...]:
+        """Versions of a client's state to which the server may return."""
+        return self._needed
 
     def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
         """What a client sent, used or refused by name."""

@@ -33,6 +33,7 @@ from ...federation.server.schedule import factor_blocks
 from ...federation.state import ServerState
 from ...federation.strategies import Strategy, as_strategy
 from .backend import FlowerBackend
+from .late import LateNodes
 from .node import node_facts
 
 logger = logging.getLogger("flwr.fedpara")
@@ -88,6 +89,10 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         if setup.args.metric_for_best_model and not setup.eval_data_fn:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
+        if setup.args.client_seconds_sigma:
+            raise ArgumentsError(
+                "client_seconds_sigma is of a simulated clock: nodes take their time"
+            )
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)
@@ -127,7 +132,8 @@ class FederationServer:
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         facts |= self._rank_facts  # of which a node knows its own client's
-        backend = FlowerBackend(grid, args, rounds, num_examples, setup.deadline_s, expected)
+        kind = FlowerBackend if args.buffer_size is None else LateNodes
+        backend = kind(grid, args, rounds, num_examples, setup.deadline_s, expected)
         run = Run(
             args, strategy, backend, rounds, local, Crew(self._accelerator), self._trackers,
             setup.callbacks, None if self._eval_data is None else self._evaluate, facts, logger,
