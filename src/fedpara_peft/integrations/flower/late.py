@@ -81,13 +81,15 @@ class LateNodes(FlowerBackend):
         found: dict[int, Outcome] = {}
         pause, used = FIRST_WAIT_S, 0
         while True:
-            self._give_up(opened)
-            if not late.at_work or used >= late.size:
+            if used >= late.size:
                 return found
             asked |= {name: sent.client for name, sent in self._waiting.items()}
             if not self._arrived:
                 self._arrived.extend(pulled(self._grid, list(self._waiting)))
                 directory.refresh()
+            self._give_up(opened)  # not before looking: what came in time counts
+            if not late.at_work:
+                return found
             if not self._arrived:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_WAIT_S)
