@@ -88,6 +88,7 @@ bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/figure6_rank.py
 	$(BIN)/python benchmarks/digits_equal_size.py
 	$(BIN)/python benchmarks/many_clients.py
+	$(BIN)/python benchmarks/late_clients.py
 	$(BIN)/python benchmarks/federation_speed.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/client_step.py

@@ -77,6 +77,10 @@ VARIANTS = {
     "noise": {"clip_update_norm": 1.0, "dp_noise_multiplier": 0.1, "dp_noise_seed": 7},
     "seeded": {},
     "ranks": {"uplink_codec": "topk:0.2+int4", "error_feedback": True},
+    "late": {
+        "buffer_size": 2, "max_staleness": 3, "client_seconds_sigma": 0.4,
+        "uplink_codec": "topk:0.2+int4", "error_feedback": True,
+    },
     "diverge": {"learning_rate": 1e30, "quorum": 0.5},
     "secure": {
         "secure_aggregation": True, "secure_clip": 0.5, "unmask_drop_out_probability": 0.1,
@@ -135,6 +139,7 @@ def run(folder, strategy, parameterization, rounds, variant=None):
         model, args, clients, data, compute_metrics=accuracy,
         strategy={**STRATEGIES, **OWN}[strategy], client_eval_dataset=clients, callbacks=[Tells()],
         client_ranks=[1, 0.5, 3, 3, 2, 1, 1.0, 9] if variant == "ranks" else None,
+        client_seconds=[1.0, 4.0] * 4 if variant == "late" else None,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
     if not trainer.accelerator.is_main_process:

@@ -204,6 +204,7 @@ def test_a_failed_round_takes_its_clients_back(tmp_path):
         ("FedAdam", "fedpara", "seeded"),
         ("FedAvg", "pfedpara", "keep"),
         ("FedDyn", "pfedpara", "secure"),
+        ("FedAvgM", "pfedpara", "late"),
     ],
 )
 def test_killed_and_resumed(tmp_path, case):

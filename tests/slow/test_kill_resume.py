@@ -28,6 +28,7 @@ MORE = [
     ("FedAvg", "fedpara", "noise"),
     ("FedAvg", "pfedpara", "keep"),
     ("FedDyn", "pfedpara", "secure"),
+    ("FedAvgM", "pfedpara", "late"),
 ]
 CASES = [*itertools.product(STRATEGIES, PARAMETERIZATIONS, [None]), *MORE]
 

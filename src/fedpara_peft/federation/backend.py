@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from .folder.history import History
-from .server.round import OpenRound
+from .server.opened import OpenRound
 from .state import Outcome, RoundReport, ServerState
 
 

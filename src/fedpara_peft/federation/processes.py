@@ -13,7 +13,8 @@ from accelerate.utils import broadcast
 from ..comm.errors import PayloadError
 from .crew import Crew
 from .folder.history import History
-from .server.round import OpenRound, RoundServer
+from .server.opened import OpenRound
+from .server.round import RoundServer
 from .server.sampling import share_out
 from .simulation import Simulation
 from .state import Outcome, Refused, RoundReport, ServerState

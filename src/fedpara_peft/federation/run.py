@@ -33,8 +33,9 @@ from .observers.measures import peak_memory_bytes, work_of
 from .observers.progress import Progress, progress
 from .observers.trackers import Trackers
 from .server.averaging import AveragingBias
+from .server.opened import OpenRound
 from .server.privacy import noise_seed
-from .server.round import OpenRound, RoundServer
+from .server.round import RoundServer
 from .state import Outcome, Refused, RoundReport, ServerState, placed_like
 from .strategies import Strategy
 
@@ -214,7 +215,7 @@ class Run:
         came: set[int] = set()
         failed: list[Refused] = []
         sent: list[Outcome] = []
-        for outcome in bars.within(self._backend.outcomes(opened), len(opened.reporting)):
+        for outcome in bars.within(self._backend.outcomes(opened), opened.awaited):
             if outcome.reported:
                 came.add(outcome.client)
             if outcome.size is not None:
@@ -238,7 +239,7 @@ class Run:
             opened,
             self.ledger,
             time.perf_counter() - start,
-            dropped=[client for client in opened.reporting if client not in came],
+            dropped=[client for client in opened.ended if client not in came],
             averaging_bias=None if bias is None else bias.result(mean.update, opened.server, ended),
             slowest_client_s=_slowest([outcome.seconds for outcome in sent]),
         )
@@ -257,8 +258,6 @@ class Run:
             spread = over_clients(list(values.values()), higher_is_better(name))
             metrics |= {f"client_{name}_{which}": value for which, value in spread.items()}
         return dataclasses.replace(report, metrics=metrics, client_metrics=of_clients)
-
-    # Around the rounds.
 
     def _start(self, resume: bool | str | os.PathLike[str] | None) -> None:
         """Go to where the run begins, with the clients and the counted bytes as they were then."""

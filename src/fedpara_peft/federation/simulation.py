@@ -12,7 +12,7 @@ from .arguments import FederatedArguments
 from .client.evaluation import Evaluator
 from .client.local import LocalTrainer
 from .client.stacked import BatchedTrainer
-from .client.turn import Turns
+from .client.turn import Keeps, Turns
 from .crew import Crew
 from .data.fingerprint import population_facts
 from .data.population import Population
@@ -20,8 +20,8 @@ from .errors import about
 from .folder.history import History
 from .folder.store import ClientStore, DiskStore, MemoryStore
 from .server.admission import usable_state
+from .server.opened import OpenRound
 from .server.ranks import ClientRanks
-from .server.round import OpenRound
 from .state import ClientState, Outcome, RoundReport, ServerState
 
 
@@ -90,7 +90,12 @@ class Simulation:
         return self.turns(opened.reporting, opened)
 
     def turns(
-        self, clients: Sequence[int], opened: OpenRound, *, encode: bool = False
+        self,
+        clients: Sequence[int],
+        opened: OpenRound,
+        *,
+        encode: bool = False,
+        keep: Keeps | None = None,
     ) -> Iterator[Outcome]:
         """Let clients take their turns, side by side where that pays; in client order.
 
@@ -98,15 +103,16 @@ class Simulation:
             clients: some of the round's.
             opened: the round.
             encode: whether payloads are needed, not their lengths alone.
+            keep: where to put what clients keep; the store by default.
         """
         with self._local.at_work(opened.resting):
-            yield from self._each(clients, opened, encode)
+            yield from self._each(clients, opened, encode, keep or self.store)
 
     def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
         """As :class:`~.backend.Backend` has it."""
         saved = frozenset(needed) - {report.round}
         # Where the checkpoints have changed, everybody's states are looked through.
-        touched = opened.cohort if saved == self._saved else None
+        touched = opened.ended if saved == self._saved else None
         self._saved = saved
         self.store.prune(needed, touched, owner=self._crew.is_main)
 
@@ -145,7 +151,9 @@ class Simulation:
         self._local.load(server.params)
         return found
 
-    def _each(self, clients: Sequence[int], opened: OpenRound, encode: bool) -> Iterator[Outcome]:
+    def _each(
+        self, clients: Sequence[int], opened: OpenRound, encode: bool, keep: Keeps
+    ) -> Iterator[Outcome]:
         data: dict[int, Any] = {}
         states: dict[int, ClientState | None] = {}
         ended: dict[int, Any] = {}
@@ -172,7 +180,7 @@ class Simulation:
             else:
                 train = functools.partial(self._alone, client, data, states, opened)
             yield self._turns.take(
-                client, opened.number, train, self.store,
+                client, opened.number, train, keep,
                 encode=encode, seconds=shares.get(client, 0.0),
             )  # fmt: skip
 

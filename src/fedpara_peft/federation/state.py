@@ -55,6 +55,8 @@ class ServerState:
         residual: what the downlink's codec has lost so far, with error feedback.
         noise_seed: of the noise of differential privacy, which protects while nobody knows it.
         remainders: of the entries of ``params`` that neither train nor travel as they are.
+        clock_s: the simulated time, where clients' seconds are given.
+        flights: clients that are still at work, where rounds do not wait for all.
     """
 
     round: int
@@ -64,6 +66,8 @@ class ServerState:
     residual: State = field(default_factory=dict)
     noise_seed: int | None = None
     remainders: Remainders = field(default_factory=Remainders)
+    clock_s: float = 0.0
+    flights: tuple[Flight, ...] = ()
 
     def restricted(self, names: Collection[str]) -> ServerState:
         """The part of the server that a round with these names works on."""
@@ -212,6 +216,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Flight:
+    """A client's turn that began in one round and may end in another.
+
+    In a simulation it has been trained when it began, and comes to light when it ends.
+
+    Attributes:
+        client: client index i.
+        start: rounds completed when it began: the version of the server that it trains from.
+        finish_s: when it ends, by the simulated clock.
+        outcome: how it ends; None: it does not report, or nobody knows yet.
+        state: what the client keeps if its update is used.
+    """
+
+    client: int
+    start: int
+    finish_s: float = 0.0
+    outcome: Outcome | None = None
+    state: ClientState | None = None
+
+
+@dataclass(frozen=True)
 class CohortMean:
     """What a cohort sent, averaged.
 
@@ -237,7 +262,8 @@ class RoundReport:
 
     Attributes:
         round: round number, counted from 1.
-        cohort: the sampled clients, by name, as everywhere in a report.
+        cohort: the sampled clients, by name, as everywhere in a report; with ``buffer_size`` those
+            whose turns ended in this round, whenever they began.
         dropped: those of them that did not report.
         refused: those whose update was not used, each with the reason.
         train_loss: mean over the clients that reported, by examples; None if none did.
@@ -257,6 +283,10 @@ class RoundReport:
         slowest_client_s: training time of the slowest client that sent something, on the machine
             that simulated it (with the batched engine, an equal share of its stack's time); None
             where it was not measured.
+        clock_s: the simulated time at its end, of a run with clients' seconds; None without.
+        staleness_mean: mean over the updates that were used of the server's steps since they began;
+            None where a round waits for its whole cohort, or used none.
+        staleness_max: the most of them; likewise.
         local_steps: steps of the clients that sent something, together; None where some did not
             tell (nodes do not).
         terms: what those steps' losses are means of, together: examples, or tokens that count.
@@ -281,6 +311,9 @@ class RoundReport:
     averaging_bias: float | None = None
     epsilon: float | None = None
     slowest_client_s: float | None = None
+    clock_s: float | None = None
+    staleness_mean: float | None = None
+    staleness_max: int | None = None
     local_steps: int | None = field(default=None, compare=False)
     terms: float | None = field(default=None, compare=False)
     peak_memory_bytes: int | None = field(default=None, compare=False)

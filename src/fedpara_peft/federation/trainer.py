@@ -17,7 +17,7 @@ from ..comm.schema import schema_of
 from ..comm.state import State
 from ..tuner.layer import factorized_layers
 from .arguments import FederatedArguments
-from .backend import Backend
+from .backends import backend_of
 from .client.evaluation import Evaluator, Metrics
 from .client.local import LocalTrainer
 from .client.optimizer import OptimizerFactory
@@ -32,14 +32,13 @@ from .data.population import Population
 from .errors import ArgumentsError
 from .folder.checkpoint import write_model
 from .folder.history import History
+from .late.seconds import GivenSeconds, seconds_of
 from .observers.callbacks import FederatedCallback
 from .observers.trackers import Trackers
 from .precision import Precision
-from .processes import Processes
 from .run import Run
 from .secure.fit import require_possible
 from .secure.seal import Sealer
-from .secure.simulation import SecureSimulation
 from .server.averaging import ExactAverage
 from .server.channel import Channel
 from .server.ranks import GivenRanks, ranks_of
@@ -89,6 +88,9 @@ class FederatedTrainer:
             ``Trainer``, trl's ``SFTTrainer`` or the like with its ``args`` (a
             ``functools.partial``), or ``(model, dataset, client, round) -> trainer``; see
             :class:`~.client.trainers.given.GivenTrainer`.
+        client_seconds: how long each client takes for a turn, transfers included: by client name,
+            in order, or as a function of the name. It gives reports a simulated clock, and with
+            ``args.buffer_size`` it says who is late.
 
     Attributes:
         history: reports of the last run's rounds.
@@ -114,6 +116,7 @@ class FederatedTrainer:
         optimizer: OptimizerFactory | None = None,
         client_ranks: GivenRanks | None = None,
         local_trainer: LocalTrainerFactory | None = None,
+        client_seconds: GivenSeconds | None = None,
     ) -> None:
         _check_given(args)
         self.args = args
@@ -158,7 +161,8 @@ class FederatedTrainer:
         )  # fmt: skip
         names = self.population.names
         self._ranks = ranks = ranks_of(model, args, self.strategy, client_ranks, names)
-        ranks_facts = ranks.facts(range(len(names)))
+        seconds = seconds_of(client_seconds, args, names)
+        ranks_facts = ranks.facts(range(len(names))) | (seconds.facts if seconds else {})
         crew.agree(lambda: ranks_facts)
         self._channel = Channel(args, self.strategy, ranks)
         if args.secure_aggregation:
@@ -180,12 +184,11 @@ class FederatedTrainer:
             factor_blocks(model, args.factor_schedule),
             names,
             ExactAverage(model, local.first_server()) if args.exact_average else None,
+            seconds,
         )
-        backend: Backend = self._simulation
-        if crew.size > 1:
-            backend = Processes(self._simulation, rounds, self.accelerator, crew)
-        if sealer is not None:
-            backend = SecureSimulation(args, self.strategy, self._simulation, sealer)
+        backend = backend_of(
+            args, self.strategy, self._simulation, rounds, self.accelerator, crew, sealer
+        )
         self._run = Run(
             args, self.strategy, backend, rounds, local, crew, self._trackers,
             self.callbacks, None if eval_dataset is None else self.evaluate,

@@ -19,6 +19,8 @@ _COLUMNS = (
     "r: inner rank of each factor; trained: entries that clients train; dense: entries of the same "
     "part of the plain model; scope: global entries are sent, local ones stay with the client."
 )
+#: Columns of runs that have a simulated clock, or rounds that do not wait.
+_LATE = {"clock_s": "clock, s", "staleness_mean": "staleness", "staleness_max": "at most"}
 
 
 def write_report(
@@ -93,6 +95,13 @@ def _overview(run: Run) -> str:
     if slowest:
         shown = f"{sum(slowest):,.1f} s, the slowest of every round"
         rows.append(("clients' training", shown))
+    if reports[-1].clock_s is not None:
+        rows.append(("simulated clock", f"{reports[-1].clock_s:,.1f} s"))
+    ages = [r.staleness_mean for r in reports if r.staleness_mean is not None]
+    if ages:
+        most = max(r.staleness_max or 0 for r in reports)
+        mean = sum(ages) / len(ages)
+        rows.append(("staleness", f"{mean:.2f} server steps in the mean of rounds, at most {most}"))
     terms = [r.terms for r in reports if r.terms is not None]
     if terms and len(terms) == len(reports):
         steps = sum(r.local_steps or 0 for r in reports)
@@ -155,7 +164,12 @@ def _rounds(run: Run) -> str:
     """All numbers, for those who want more than figures."""
     scores = score_names(run)
     head = ["round", "cohort", "lost", "training loss", *map(label_of, scores), "up", "down", "s"]
-    rows = [_round(report, scores) for report in run.history.rounds[-_SHOWN_ROUNDS:]]
+    late = [name for name in _LATE if any(getattr(r, name) is not None for r in run.history)]
+    head += [_LATE[name] for name in late]
+    rows = [
+        [*_round(report, scores), *(_number(getattr(report, name)) for name in late)]
+        for report in run.history.rounds[-_SHOWN_ROUNDS:]
+    ]
     return (
         '<details><summary>All rounds</summary>\n<div class="wide">\n'
         f"{table_of(rows, head, numbers_from=0)}\n</div></details>"
@@ -168,11 +182,15 @@ def _round(report: RoundReport, scores: Sequence[str]) -> list[str]:
         str(report.round),
         str(len(report.cohort)),
         str(len(report.dropped) + len(report.refused)),
-        *("–" if v is None else f"{v:.4g}" for v in values),
+        *map(_number, values),
         shown_size(report.uplink_bytes),
         shown_size(report.downlink_bytes),
         f"{report.seconds:.2f}",
     ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _of(count: int, asked: int | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from ...comm.codecs import Codec
 from ..errors import ArgumentsError
 from .checks import as_annotated, as_options, lies_in
+from .late import LateArguments
 from .local import LocalArguments
 from .rounds import RoundArguments
 from .schedule import share_of_rate
@@ -20,10 +21,11 @@ from .watching import WatchingArguments
 _INTERVALS = {
     "[0, ∞)": ("num_rounds", "eval_every", "save_every", "weight_decay", "composed_weight_decay",
                "jacobian_correction", "dp_noise_multiplier", "seed", "warmup_rounds",
-               "early_stopping_threshold"),
+               "early_stopping_threshold", "max_staleness", "staleness_exponent",
+               "client_seconds_sigma"),
     "[1, ∞)": ("num_local_epochs", "per_client_batch_size", "gradient_accumulation_steps",
                "eval_batch_size", "save_total_limit", "clients_per_round", "secure_max_examples",
-               "early_stopping_patience"),
+               "early_stopping_patience", "buffer_size", "concurrency"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
     "(0, ∞)": ("learning_rate", "factor_learning_rate", "learning_rate_decay", "max_grad_norm",
                "max_update_norm", "clip_update_norm", "secure_clip"),
@@ -43,6 +45,8 @@ _NONE = {
     "early_stopping_patience": "None never stops early",
     "learning_rate_decay": "1 keeps the learning rate",
     "factor_learning_rate": "None: learning_rate",
+    "max_staleness": "None: none is too old",
+    "buffer_size": "None waits for the whole cohort",
 }
 #: What the optimizer's options are called here, for all optimizers.
 _OWN_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay", "momentum": "momentum"}
@@ -51,7 +55,12 @@ _OWN_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay", "momentum
 # Fields come in the order of the bases from the last to the first: output_dir leads.
 @dataclass
 class FederatedArguments(
-    WatchingArguments, SecureArguments, ServerArguments, LocalArguments, RoundArguments
+    LateArguments,
+    WatchingArguments,
+    SecureArguments,
+    ServerArguments,
+    LocalArguments,
+    RoundArguments,
 ):
     """Settings of a federated run; ``HfArgumentParser`` reads them from a command line.
 
@@ -74,6 +83,18 @@ class FederatedArguments(
                 raise ArgumentsError(f"{entry.name} must be one of {choices}, got {value!r}")
         if self.client_fraction is not None and self.clients_per_round is not None:
             raise ArgumentsError("give client_fraction or clients_per_round, not both")
+        for name in ("concurrency", "max_staleness"):
+            if getattr(self, name) is not None and self.buffer_size is None:
+                raise ArgumentsError(
+                    f"{name} is of rounds that do not wait for every client: give buffer_size too"
+                )
+        if self.concurrency is not None and (
+            self.client_fraction is not None or self.clients_per_round is not None
+        ):
+            raise ArgumentsError(
+                "give concurrency, client_fraction or clients_per_round: with buffer_size each "
+                "says how many clients are at work at once"
+            )
         if self.dp_noise_multiplier and self.clip_update_norm is None:
             raise ArgumentsError(
                 "dp_noise_multiplier needs clip_update_norm: noise protects only what is bounded"
@@ -111,15 +132,19 @@ class FederatedArguments(
         return {n: str(v) if isinstance(v, Codec) else v for n, v in values.items()}
 
     def cohort_size(self, population: int) -> int:
-        """Clients sampled each round: at least one, all of them by default."""
-        if self.clients_per_round is not None:
-            if self.clients_per_round > population:
-                raise ArgumentsError(
-                    f"clients_per_round={self.clients_per_round}, but there are only {population} "
-                    "clients"
-                )
-            return self.clients_per_round
-        return max(1, round((self.client_fraction or 1.0) * population))
+        """Clients sampled each round, or at work at once: at least one, all of them by default."""
+        size = max(1, round((self.client_fraction or 1.0) * population))
+        for name in ("clients_per_round", "concurrency"):
+            if (given := getattr(self, name)) is not None:
+                if given > population:
+                    raise ArgumentsError(f"{name}={given}, but there are only {population} clients")
+                size = given
+        if self.buffer_size is not None and self.buffer_size > size:
+            raise ArgumentsError(
+                f"buffer_size={self.buffer_size}, but only {size} clients are at work at once: "
+                "lower it, or raise concurrency"
+            )
+        return size
 
     def learning_rate_at(self, round: int, *, factors: bool = False) -> float:
         """Clients' learning rate in a round, counted from 0.
@@ -138,6 +163,7 @@ class FederatedArguments(
             ("aggregation", "mean", "no other aggregate is a mean of weights"),
             ("dp_noise_multiplier", 0.0, "every client's factors go to the others"),
             ("secure_aggregation", False, "the server makes it of every client's factors"),
+            ("buffer_size", None, "a late client's weights are not of this round's"),
             ("factor_schedule", "all", "with one block the factors' mean is the weights' already"),
         ):
             if (value := getattr(self, name)) != plain:

@@ -21,8 +21,8 @@ from ...tuner.scope import factor_names, hold_remainders, persistent_buffers, re
 from ..arguments import FederatedArguments
 from ..data.batches import Collator, LastBatch, batches, count_rows
 from ..data.loss import LossFunction
+from ..data.normalization import normalizes_batches, tell_of_shared_statistics
 from ..errors import ArgumentsError, about
-from ..normalization import normalizes_batches, tell_of_shared_statistics
 from ..precision import Precision
 from ..random import derived_seed, preserved, reseed, torch_generator
 from ..state import Broadcast, ClientState, ClientUpdate, Remainders, ServerState

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ...comm.errors import PayloadError
 from ...comm.payload import Payload, PayloadSize
 from ...comm.state import State
 from ..arguments import FederatedArguments
-from ..folder.store import ClientStore
 from ..server.admission import checked, checked_state
 from ..server.channel import Channel
 from ..state import ClientState, ClientUpdate, Outcome, Refused
@@ -57,6 +56,13 @@ class Sealed:
 Seal = Callable[[ClientUpdate, int], Sealed]
 
 
+class Keeps(Protocol):
+    """Where what a client keeps is put, a :class:`~..folder.store.ClientStore` often."""
+
+    def put(self, client: int, version: int, state: ClientState) -> None:
+        """Keep a client's new state."""
+
+
 class Turns:
     """Takes what clients train through the channel and into the store.
 
@@ -87,7 +93,7 @@ class Turns:
         client: int,
         round: int,
         train: Callable[[], Trained],
-        store: ClientStore,
+        store: Keeps,
         *,
         encode: bool = False,
         seconds: float = 0.0,

@@ -57,13 +57,13 @@ def population_facts(
     return {
         "number of clients": len(names),
         "number of examples": sum(num_examples),
-        "clients' names": _shown(names),
-        "clients' sizes": _shown(num_examples),
+        "clients' names": shown_values(names),
+        "clients' sizes": shown_values(num_examples),
         "clients' data": None if datasets is None else data_digest(datasets),
     }
 
 
-def _shown(values: Sequence[Any]) -> str:
+def shown_values(values: Sequence[Any]) -> str:
     """A few values for people, and a digest of all."""
     few = ", ".join(f"{value!r:.20}" for value in values[:3])
     return f"{few}{', …' if len(values) > 3 else ''} ({_short(map(repr, values))})"

@@ -2,6 +2,7 @@
 
     checkpoint-12/server.safetensors    w_t and what the strategy keeps on the server
     checkpoint-12/trainer_state.json    round, reports of all rounds, settings that must not change
+    checkpoint-12/flights.safetensors   what clients that are still at work will send and keep
     checkpoint-12/ledger.npy            all transfers so far
     checkpoint-12/…                     the model, as ``save_model`` writes it
     checkpoint-12/manifest.json         a digest of each of these files
@@ -29,12 +30,13 @@ from ...comm.ledger import Ledger
 from ...comm.state import State, join_groups, save_tensors, split_groups
 from ..data.fingerprint import differences, shown_differences
 from ..errors import ResumeError, RunFolderError
+from ..late.saved import flights_from_saved, flights_to_saved
 from ..state import Remainders, ServerState, Terms
 from .history import History, report_from_json, report_to_json
 from .store import sync
 
-_FORMAT = 3
-_MANIFEST = "manifest.json"
+_FORMAT = 4
+_MANIFEST, _FLIGHTS = "manifest.json", "flights.safetensors"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 #: Arguments that a resumed run may change.
@@ -133,8 +135,11 @@ def _write(
     for terms in rest.terms:
         groups |= {f"terms.{terms.round}.{k}": state for k, state in enumerate(terms.states)}
     tensors = {n: t.contiguous() for n, t in join_groups(groups).items()}
+    flights, waiting = flights_to_saved(server.flights)
     try:
         save_file(tensors, folder / "server.safetensors")
+        if flights:
+            save_file(join_groups(waiting), folder / _FLIGHTS)
     except SafetensorError as error:  # it says so of a full disk, too
         raise OSError(str(error)) from error
     state = {
@@ -148,6 +153,8 @@ def _write(
             "seen": [*map(list, rest.seen.items())],
             "complete_from": rest.complete_from,
         },
+        "clock_s": server.clock_s,
+        "flights": flights,
         "settings": must_agree(facts),
         "rounds": [report_to_json(report) for report in checkpoint.history],
     }
@@ -179,6 +186,8 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
         )
     try:
         groups = split_groups(load_file(folder / "server.safetensors"))
+        at_work = found["flights"]
+        waiting = split_groups(load_file(folder / _FLIGHTS)) if at_work else {}
         ledger = Ledger.load(folder / "ledger.npy")
         history = History(tuple(map(report_from_json, found["rounds"])))
         rest = _remainders(found.get("remainders"), groups)
@@ -190,6 +199,8 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
             buffers=frozenset(found["buffers"]),
             noise_seed=found["noise_seed"],
             remainders=rest,
+            clock_s=found["clock_s"],
+            flights=flights_from_saved(at_work, waiting),
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error

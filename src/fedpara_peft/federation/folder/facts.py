@@ -28,7 +28,8 @@ def training_facts(
     facts = {
         "rounds": f"{len(history):,}"
         + (f"; this is the model after round {round:,}" if round < len(history) else ""),
-        "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} in a round",
+        "clients": f"{num_clients:,}, {args.cohort_size(num_clients):,} "
+        + ("in a round" if args.buffer_size is None else f"at work, {args.buffer_size:,} a round"),
         "strategy": type(strategy).__name__,
         **(
             {"learning rate": f"{args.learning_rate:g}"}

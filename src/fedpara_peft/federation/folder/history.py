@@ -84,6 +84,17 @@ class History:
         """Rounds until the metric first reached the target; as :meth:`bytes_to_target`."""
         return self._at_target(metric, target, higher_is_better)[0]
 
+    def clock_to_target(
+        self, metric: str, target: float, higher_is_better: bool | None = None
+    ) -> float | None:
+        """Simulated seconds until the metric first reached the target; as :meth:`bytes_to_target`.
+
+        Returns:
+            None if it never did, or if the run had no clients' seconds.
+        """
+        number = self.rounds_to_target(metric, target, higher_is_better)
+        return None if number is None else self.rounds[number - 1].clock_s
+
     def wall_clock_s(self, ledger: Ledger, megabits_per_s: float) -> float | None:
         """Wall-clock time of all rounds with clients side by side: measured computing, transfers.
 

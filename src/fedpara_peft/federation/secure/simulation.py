@@ -17,7 +17,7 @@ from ...comm.secure.server import SecureServer
 from ..arguments import FederatedArguments
 from ..folder.history import History
 from ..random import numpy_generator
-from ..server.round import OpenRound
+from ..server.opened import OpenRound
 from ..simulation import Simulation
 from ..state import Outcome, RoundReport, ServerState
 from ..strategies import Strategy

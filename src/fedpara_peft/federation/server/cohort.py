@@ -55,11 +55,20 @@ class Cohort:
         self.refused: list[Refused] = []
         self.beside: list[tuple[int, Direction, PayloadSize]] = []
 
-    def add(self, update: ClientUpdate, weight: float) -> None:
-        """Take in a client's update."""
+    def add(self, update: ClientUpdate, weight: float, discount: float = 1.0) -> None:
+        """Take in a client's update.
+
+        Args:
+            update: the client's.
+            weight: of it in the means.
+            discount: of a late one: what is a change is scaled by it, and buffers, which are
+                states, weigh so much less.
+        """
         level = self._ranks.level(update.client)
+        if discount != 1:
+            update = _scaled(update, discount)
         self._updates.add(self._ranks.cut(update.update, level), weight)
-        self._buffers.add(update.buffers, weight)
+        self._buffers.add(update.buffers, weight * discount)
         for group, state in update.extra.items():
             self._extra[group].add(self._ranks.cut(state, level), weight)
         self.levels.add(level)
@@ -102,3 +111,11 @@ class Cohort:
     def train_loss(self) -> float | None:
         """Mean over all examples; None if no update was used."""
         return self._loss / self._examples if self._examples else None
+
+
+def _scaled(update: ClientUpdate, factor: float) -> ClientUpdate:
+    def of(state: State) -> State:
+        return {name: tensor * factor for name, tensor in state.items()}
+
+    extra = {group: of(state) for group, state in update.extra.items()}
+    return dataclasses.replace(update, update=of(update.update), extra=extra)

@@ -110,6 +110,11 @@ def plan(
         ArgumentsError: the arguments do not fit each other or the model.
     """
     strategy = strategy or FedAvg()
+    if args.buffer_size is not None:
+        raise ArgumentsError(
+            "a plan is of rounds that wait for their cohort, and with buffer_size clients' speeds "
+            "decide who sends: plan without it"
+        )
     require_fit(strategy, args)
     if args.exact_average:
         raise ArgumentsError(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from ...comm.errors import PayloadError
 from ...comm.ledger import Direction, Ledger
-from ...comm.payload import PayloadSize
 from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError
+from ..late.arrivals import Arrivals
+from ..late.fit import require_late_possible
+from ..late.seconds import ClientSeconds
 from ..state import (
     ClientUpdate,
     CohortMean,
@@ -26,67 +27,15 @@ from ..state import (
 from ..strategies import Strategy, has_own_loss
 from .admission import checked, require_quorum
 from .averaging import ExactAverage
-from .channel import Channel, Layout, Sent
+from .channel import Channel
 from .cohort import Cohort
 from .mean import aggregate_from_name
+from .opened import OpenRound
 from .privacy import GaussianMechanism
-from .ranks import ClientRanks, Level
 from .sampling import drop_outs, sample_cohort
 from .schedule import resting_factors
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenRound:
-    """A round that has been announced and not yet closed.
-
-    Attributes:
-        number: rounds completed before it.
-        cohort: the sampled clients.
-        dropped: those of them that will not report, in a simulation.
-        resting: parameters that do not change in it.
-        server: the server, with the downlink's new residual.
-        part: the parameters of it that change.
-        uplink: what they send, of all columns.
-        sent: what they receive, by their rank, each with its payload where one was asked for.
-        ranks: which columns each client has.
-        updates: what has been taken in so far.
-        exact: moves the remainders, where there are any.
-        ended: by client, the factors that it ended with, and its weight; then alone.
-    """
-
-    number: int
-    cohort: tuple[int, ...]
-    dropped: tuple[int, ...]
-    resting: frozenset[str]
-    server: ServerState
-    part: ServerState
-    uplink: Layout
-    sent: Mapping[Level, Sent]
-    ranks: ClientRanks
-    updates: Cohort
-    exact: ExactAverage | None = None
-    ended: dict[int, tuple[State, float]] = field(default_factory=dict)
-
-    @property
-    def reporting(self) -> list[int]:
-        """The clients that train."""
-        return [client for client in self.cohort if client not in self.dropped]
-
-    def sent_to(self, client: int) -> Sent:
-        """What a client of the cohort receives."""
-        return self.sent[self.ranks.level(client)]
-
-    def size_to(self, client: int) -> PayloadSize:
-        """How long all is that such a client receives."""
-        size = self.sent_to(client).size
-        if self.exact is None:
-            return size
-        rest = self.exact.size(self.server, client)
-        return PayloadSize(
-            size.header_bytes + rest.header_bytes, size.tensor_bytes + rest.tensor_bytes
-        )
 
 
 class RoundServer:
@@ -101,6 +50,7 @@ class RoundServer:
         products: the model's factor blocks, where they take turns.
         names: the clients' names, their indices by default.
         exact: moves the remainders, with ``exact_average``.
+        seconds: how long clients take, in a simulation that has a clock.
 
     Raises:
         ArgumentsError: the arguments do not fit the clients or the model.
@@ -116,6 +66,7 @@ class RoundServer:
         products: list[list[str]],
         names: Sequence[Any] | None = None,
         exact: ExactAverage | None = None,
+        seconds: ClientSeconds | None = None,
     ) -> None:
         require_fit(strategy, args)
         self._exact = exact
@@ -125,6 +76,7 @@ class RoundServer:
         self._num_examples = num_examples
         self._names = range(len(num_examples)) if names is None else names
         self._products = products
+        self._seconds = seconds
         self._cohort_size = args.cohort_size(len(num_examples))
         self._aggregate = aggregate_from_name(args.aggregation)
         self._privacy: GaussianMechanism | None = None
@@ -146,9 +98,11 @@ class RoundServer:
             encode: whether the payload is needed, not its length alone.
         """
         args, number = self._args, server.round
+        busy = [flight.client for flight in server.flights]
         cohort = sample_cohort(
-            self._num_examples, self._cohort_size, args.seed, number, args.client_sampling
-        )
+            self._num_examples, self._cohort_size - len(busy), args.seed, number,
+            args.client_sampling, busy,
+        )  # fmt: skip
         dropped = drop_outs(cohort, args.drop_out_probability, args.seed, number)
         resting = frozenset(resting_factors(self._products, number))
         uplink = self._channel.layout("uplink", server, resting)
@@ -159,7 +113,9 @@ class RoundServer:
             level: self._channel.downlink(server, extra, resting, level, encode=encode)
             for level in levels
         }
+        arriving = dict.fromkeys(ranks.level(client) for client in (*cohort, *busy))
         buffers = {n: server.params[n] for n in uplink.buffers}
+        seconds = self._seconds
         return OpenRound(
             number=number,
             cohort=tuple(cohort),
@@ -178,9 +134,11 @@ class RoundServer:
                 self._aggregate,
                 self._strategy.sees_updates,
                 ranks,
-                levels,
+                arriving,
             ),
             exact=self._exact,
+            finish_s={c: server.clock_s + seconds.of(c, number) for c in cohort} if seconds else {},
+            late=None if args.buffer_size is None else Arrivals(server, args),
         )
 
     def received(
@@ -225,13 +183,14 @@ class RoundServer:
         return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
 
     def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
-        """Use a checked update; call it in client order."""
+        """Use a checked update, a late one for less; call it in client order."""
         weight = self.weight(update)
-        opened.updates.add(update, weight)
+        discount = 1.0 if opened.late is None else opened.late.used(update.client)
+        opened.updates.add(update, weight, discount)
         if opened.exact is not None:
             start = opened.ranks.only(opened.part.params, opened.ranks.level(update.client))
             moved = {n: start[n] + change for n, change in update.update.items()}
-            opened.ended[update.client] = opened.exact.own_factors(moved), weight
+            opened.factors[update.client] = opened.exact.own_factors(moved), weight
 
     def refuse(self, opened: OpenRound, refused: Refused) -> None:
         """Note an update that is not used, by its client's name."""
@@ -249,7 +208,7 @@ class RoundServer:
         quorum = self._args.quorum
         if quorum is None and self._privacy is not None:
             quorum = 0.0  # with noise it must not show that everybody was refused
-        require_quorum(updates.count, updates.refused, len(opened.cohort), quorum)
+        require_quorum(updates.count, updates.refused, len(opened.ended), quorum)
         mean = updates.mean(len(self._num_examples))
         stepped = opened.part
         if updates.count or self._privacy is not None:  # that nobody came must not show
@@ -257,12 +216,14 @@ class RoundServer:
             stepped = opened.ranks.with_resting(stepped, opened.part, updates.levels)
         params = {**stepped.params, **updates.buffers()}
         next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
-        ended = opened.server.updated(next_round)
+        flights = () if opened.late is None else opened.late.at_work
+        after = opened.server.updated(next_round)
+        after = dataclasses.replace(after, clock_s=opened.clock_s, flights=flights)
         if opened.exact is not None:
-            taken = {client: factors for client, (factors, _) in opened.ended.items()}
-            weights = [weight for _, weight in opened.ended.values()]
-            ended = opened.exact.after(opened.server, ended, mean.update, taken, weights)
-        return ended, mean
+            taken = {client: factors for client, (factors, _) in opened.factors.items()}
+            weights = [weight for _, weight in opened.factors.values()]
+            after = opened.exact.after(opened.server, after, mean.update, taken, weights)
+        return after, mean
 
     def report(
         self,
@@ -279,15 +240,16 @@ class RoundServer:
             opened: the round.
             ledger: with its transfers.
             seconds: how long it took.
-            dropped: clients that did not report, beside those that the simulation dropped.
+            dropped: clients that did not report, of those whose turns ended.
             averaging_bias: where it was measured.
             slowest_client_s: where it was measured.
         """
         number, updates, names = opened.number + 1, opened.updates, self._names
+        mean_age, oldest = (None, None) if opened.late is None else opened.late.ages
         return RoundReport(
             round=number,
-            cohort=tuple(names[client] for client in opened.cohort),
-            dropped=tuple(names[client] for client in sorted({*opened.dropped, *dropped})),
+            cohort=tuple(names[client] for client in opened.ended),
+            dropped=tuple(names[client] for client in sorted(dropped)),
             refused=tuple((names[r.client], r.reason) for r in updates.refused),
             train_loss=updates.train_loss,
             metrics={},
@@ -298,6 +260,9 @@ class RoundServer:
             epsilon=self.epsilon(number),
             seconds=seconds,
             slowest_client_s=slowest_client_s,
+            clock_s=None if self._seconds is None else opened.clock_s,
+            staleness_mean=mean_age,
+            staleness_max=oldest,
         )
 
     def epsilon(self, rounds: int) -> float | None:
@@ -319,6 +284,7 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     Raises:
         ArgumentsError: it is not.
     """
+    require_late_possible(strategy, args)
     obstacle = strategy.obstacle(args)
     if args.dp_noise_multiplier and strategy.sees_updates:
         obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"

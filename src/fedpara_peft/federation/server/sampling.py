@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -11,7 +11,12 @@ from ..random import numpy_generator
 
 
 def sample_cohort(
-    num_examples: Sequence[int], size: int, seed: int, round: int, sampling: str = "uniform"
+    num_examples: Sequence[int],
+    size: int,
+    seed: int,
+    round: int,
+    sampling: str = "uniform",
+    busy: Collection[int] = (),
 ) -> list[int]:
     """Draw clients, each at most once, in ascending order.
 
@@ -23,17 +28,20 @@ def sample_cohort(
         sampling: ``"uniform"``, or ``"weighted"``: each draw in proportion to the examples of the
             clients that are left; or ``"poisson"``: each client by itself with probability
             ``size / population``.
+        busy: clients that are at work, of whom none is drawn.
     """
     rng = numpy_generator(seed, round, "cohort")
     if sampling == "poisson":
         chance = size / len(num_examples)
         return [int(c) for c in np.flatnonzero(rng.random(len(num_examples)) < chance)]
+    at_work = frozenset(busy)
+    idle = [client for client in range(len(num_examples)) if client not in at_work]
     shares = None
     if sampling == "weighted":
-        shares = np.asarray(num_examples, dtype=np.float64)
+        shares = np.asarray([num_examples[client] for client in idle], dtype=np.float64)
         shares = shares / shares.sum()
-    drawn = rng.choice(len(num_examples), size=size, replace=False, p=shares)
-    return sorted(int(client) for client in drawn)
+    drawn = rng.choice(len(idle), size=size, replace=False, p=shares)
+    return sorted(idle[position] for position in drawn)
 
 
 def drop_outs(cohort: Sequence[int], probability: float, seed: int, round: int) -> list[int]:

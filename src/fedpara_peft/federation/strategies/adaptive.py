@@ -30,6 +30,7 @@ class _Adaptive(Strategy):
     beta2: float = 0.99
     tau: float = 1e-3
     ranks_may_differ: ClassVar[bool] = True
+    updates_may_be_late: ClassVar[bool] = True
 
     def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move by the normalized first moment."""

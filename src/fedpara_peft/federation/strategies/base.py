@@ -57,6 +57,9 @@ class Strategy:
     #: Whether its algebra holds entry by entry where clients lack entries: those of a lower rank
     #: have no update of them, and none counts in their mean. Sums over clients do not.
     ranks_may_differ: ClassVar[bool] = False
+    #: Whether its algebra holds for updates that are older than the server, and scaled by their age
+    #: (with their groups of ``uplink``). What a client and the server move together may part.
+    updates_may_be_late: ClassVar[bool] = False
 
     def obstacle(self, args: FederatedArguments) -> str | None:
         """Which of these settings the strategy's algebra does not allow; None if all are fine."""

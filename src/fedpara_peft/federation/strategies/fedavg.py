@@ -14,3 +14,4 @@ class FedAvg(Strategy):
     """
 
     ranks_may_differ: ClassVar[bool] = True
+    updates_may_be_late: ClassVar[bool] = True

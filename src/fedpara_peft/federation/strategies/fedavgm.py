@@ -23,6 +23,7 @@ class FedAvgM(Strategy):
     server_momentum: float = 0.9
     server_learning_rate: float = 1.0
     ranks_may_differ: ClassVar[bool] = True
+    updates_may_be_late: ClassVar[bool] = True
 
     def server_step(self, server: ServerState, mean: CohortMean) -> ServerState:
         """Move along the momentum of mean updates."""

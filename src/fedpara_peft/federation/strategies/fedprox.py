@@ -21,6 +21,7 @@ class FedProx(Strategy):
 
     mu: float = 0.01
     ranks_may_differ: ClassVar[bool] = True
+    updates_may_be_late: ClassVar[bool] = True
 
     def correction(self, broadcast: Broadcast, kept: Kept) -> Correction | None:
         """Add the proximal term's gradient, μ (w - w_t)."""

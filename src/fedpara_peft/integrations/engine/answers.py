@@ -13,7 +13,8 @@ from ...comm.errors import PayloadError, Refusal
 from ...comm.payload import Payload, PayloadSize
 from ...federation.errors import AgreementError, ResumeError, RoundError
 from ...federation.folder.history import History
-from ...federation.server.round import OpenRound, RoundServer
+from ...federation.server.opened import OpenRound
+from ...federation.server.round import RoundServer
 from ...federation.state import ClientUpdate, LocalSteps, Outcome, Refused, RoundReport
 from .node import Answer
 

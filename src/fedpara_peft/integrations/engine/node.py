@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _SERVERS = {
     "client_fraction", "clients_per_round", "client_sampling", "drop_out_probability",
     "aggregation", "quorum", "dp_noise_multiplier", "dp_noise_seed", "dp_delta", "engine",
+    "buffer_size", "concurrency", "max_staleness", "staleness_exponent", "client_seconds_sigma",
 }  # fmt: skip
 _RUN = re.compile(r"[0-9a-f]{16}")
 

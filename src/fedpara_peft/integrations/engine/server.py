@@ -95,6 +95,10 @@ class FederationServer:
                 "factor_schedule='one_block', whose average is exact"
             )
         require_plain(setup.args, "nodes")
+        if setup.args.client_seconds_sigma:
+            raise ArgumentsError(
+                "client_seconds_sigma is of a simulated clock: nodes take their time"
+            )
         self._setup = setup
         args, self._strategy = setup.args, as_strategy(setup.strategy)
         self._accelerator = accelerator = Accelerator(project_dir=args.output_dir)

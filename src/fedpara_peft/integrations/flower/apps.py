@@ -23,6 +23,7 @@ from ...federation.strategies import Strategy
 from ..engine.node import Answer, Node, NodeSetup
 from ..engine.server import FederationServer, ServerSetup
 from .backend import FlowerBackend, logger
+from .late import LateNodes
 from .messages import answer_record, introduction_record, read_job
 from .worker import RemoteNode
 
@@ -84,8 +85,9 @@ def server_app(
             resume,
             client_ranks,
         )
+        kind = FlowerBackend if setup.args.buffer_size is None else LateNodes
         FederationServer(setup).run(
-            lambda rounds, num_examples, expected: FlowerBackend(
+            lambda rounds, num_examples, expected: kind(
                 grid, setup.args, rounds, num_examples, deadline_s, expected
             ),
             logger,

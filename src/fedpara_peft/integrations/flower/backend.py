@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
 from ...federation.folder.history import History
-from ...federation.server.round import OpenRound, RoundServer
+from ...federation.server.opened import OpenRound
+from ...federation.server.round import RoundServer
 from ...federation.state import Outcome, RoundReport, ServerState
 from ..engine.answers import check_came, outcome_of, refused, run_name, used_last
 from ..engine.node import Job
@@ -88,7 +89,8 @@ class FlowerBackend:
         for client in opened.reporting:
             payload = opened.sent_to(client).payload
             data, kept = payload.data if payload else b"", self._used.get(client, 0)
-            jobs[client] = job_record(Job(self._run_name, opened.number, kept, self._needed, data))
+            needed = self._needed_of(client)
+            jobs[client] = job_record(Job(self._run_name, opened.number, kept, needed, data))
         group = str(opened.number + 1)
         self._pending = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
         return list(self._pending.expected.values())
@@ -123,6 +125,10 @@ class FlowerBackend:
     def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
         """Nothing: clients' own data are not evaluated on nodes."""
         return {}
+
+    def _needed_of(self, client: int) -> tuple[int, ...]:
+        """Versions of a client's state to which the server may return."""
+        return self._needed
 
     def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
         """What a client sent, used or refused by name."""

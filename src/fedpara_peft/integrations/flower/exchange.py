@@ -84,7 +84,7 @@ def collect(grid: Grid, directory: Directory, pending: Pending) -> Replies:
         # Flower answers with an error when it is asked again for what it has handed out.
         found = pulled(grid, [sent for sent, client in expected.items() if client in silent])
         for reply in found:
-            silent.discard(_take(reply, expected, directory, replies))
+            silent.discard(take(reply, expected, directory, replies))
         directory.refresh()
         if silent and not found:
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
@@ -92,7 +92,7 @@ def collect(grid: Grid, directory: Directory, pending: Pending) -> Replies:
     return replies
 
 
-def _take(
+def take(
     reply: Message, expected: Mapping[str, int], directory: Directory, replies: Replies
 ) -> int | None:
     """Sort a reply; the client that need not be waited for any longer."""

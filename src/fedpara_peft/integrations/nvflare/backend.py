@@ -15,7 +15,8 @@ from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
 from ...federation.data.fingerprint import differences, shown_differences
 from ...federation.folder.history import History
-from ...federation.server.round import OpenRound, RoundServer
+from ...federation.server.opened import OpenRound
+from ...federation.server.round import RoundServer
 from ...federation.state import Outcome, RoundReport, ServerState
 from ..engine.answers import check_came, outcome_of, refused, run_name, used_last
 from ..engine.node import Job

@@ -77,6 +77,11 @@ class FedParaController(Controller):
                 f"the setup has num_clients={setup.num_clients}, the job has {len(sites.names)} "
                 "sites: every client is a site of its own"
             )
+        if setup.args.buffer_size is not None:
+            raise ArgumentsError(
+                "buffer_size has no way through NVIDIA FLARE yet: its rounds wait for their "
+                "cohort; use Flower or a simulation, or leave it out"
+            )
         FederationServer(setup).run(
             lambda rounds, num_examples, expected: FlareBackend(
                 sites, setup.args, rounds, num_examples, setup.deadline_s, expected
