@@ -28,10 +28,11 @@ from fedpara_peft import (
     partition,
     plan,
 )
+from fedpara_peft.comm.schema import schema_of
 from fedpara_peft.comm.secure.agreement import Summed
 from fedpara_peft.comm.secure.messages import HEADER_BYTES, Kind
 from fedpara_peft.federation.secure import simulation as glue
-from fedpara_peft.federation.secure.fit import require_plain
+from fedpara_peft.federation.secure.fit import require_plain, require_possible
 
 SECURE = {"secure_aggregation": True, "secure_clip": 0.25}
 
@@ -324,6 +325,15 @@ def test_ranks_of_clients_are_refused(tmp_path):
         FederatedTrainer(
             model, arguments(tmp_path, **SECURE), partition(toy(), "iid", 5), client_ranks=[1] * 5
         )
+
+
+def test_several_processes_are_refused(tmp_path):
+    args, schema = arguments(tmp_path, **SECURE), schema_of({"w": torch.zeros(3)})
+    require_possible(args, FedAvg(), 3, schema)
+    with pytest.raises(ArgumentsError, match="2 processes: run it in one"):
+        require_possible(args, FedAvg(), 3, schema, processes=2)
+    with pytest.raises(ArgumentsError, match="not real floating-point"):
+        require_possible(args, FedAvg(), 3, schema_of({"w": torch.zeros(3, dtype=torch.cfloat)}))
 
 
 def test_arguments_that_would_do_nothing_are_refused(tmp_path):
