@@ -100,6 +100,9 @@ def require_possible(
         "counts on": bool(args.dp_noise_multiplier),
         "report_averaging_bias: it sees single updates": args.report_averaging_bias,
         "client_ranks: each part would be a sum over another cohort, of one client perhaps": ranks,
+        "client_sampling='poisson': its threshold is of a cohort whose size is agreed on": (
+            args.client_sampling == "poisson"
+        ),
         f"{processes} processes: run it in one": processes > 1,
         f"buffers, first {list(buffers)[:2]}: their range is unknown, so use group norm, or keep "
         "them with each client by local_modules": bool(buffers),
