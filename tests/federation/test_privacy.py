@@ -10,7 +10,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy import optimize, stats
 from tests.federation.test_trainer import arguments, toy
 
-from fedpara_peft import ArgumentsError, FederatedTrainer, Scaffold, partition
+from fedpara_peft import ArgumentsError, FedAvg, FederatedTrainer, Scaffold, partition
 from fedpara_peft.federation.server.privacy import GaussianMechanism
 from fedpara_peft.federation.server.sampling import sample_cohort
 
@@ -90,3 +90,82 @@ def test_what_no_epsilon_is_known_of_is_refused(tmp_path):
     args = arguments(tmp_path, client_sampling="poisson")
     with pytest.raises(ArgumentsError, match="its sums over clients count all alike"):
         FederatedTrainer(torch.nn.Linear(16, 4), args, clients, strategy=Scaffold())
+
+
+class Watched(FedAvg):
+    """Sees which updates were clipped, and how long they then are."""
+
+    sees_updates = True
+
+    def server_step(self, server, mean):
+        self.seen.append([
+            (update.clipped, torch.cat([t.flatten() for t in update.update.values()]).norm().item())
+            for update in mean.updates
+        ])  # fmt: skip
+        return super().server_step(server, mean)
+
+    def __init__(self):
+        object.__setattr__(self, "seen", [])
+
+
+def test_the_clipping_norm_follows_a_quantile_of_the_updates(tmp_path):
+    strategy = Watched()
+    args = arguments(tmp_path, clip_update_norm=5.0, clip_target_quantile=0.3, num_rounds=60,
+                     clip_learning_rate=0.3, clients_per_round=8, eval_every=0)  # fmt: skip
+    clients = partition(toy(400), "dirichlet", 12)
+    history = FederatedTrainer(torch.nn.Linear(16, 4), args, clients, strategy=strategy).train()
+    norms = [report.clip_norm for report in history]
+    assert norms[0] == 5.0
+    for number, seen in enumerate(strategy.seen):
+        for clipped, norm in seen:
+            assert norm == pytest.approx(norms[number], rel=1e-5) if clipped else (
+                norm <= norms[number] * (1 + 1e-6)
+            )  # fmt: skip
+        share = sum(not clipped for clipped, _ in seen) / len(seen)
+        if number + 1 < len(norms):
+            wanted = norms[number] * math.exp(-0.3 * (share - 0.3))
+            assert norms[number + 1] == pytest.approx(wanted)
+    late = [not clipped for seen in strategy.seen[-30:] for clipped, _ in seen]
+    assert sum(late) / len(late) == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_counts_noise_and_the_sums_together_tell_what_the_multiplier_allows(tmp_path):
+    """Two Gaussian mechanisms at once are one of multiplier (z_Δ⁻² + z_b⁻²)^(-1/2)."""
+    args = private(tmp_path, dp_noise_multiplier=0.8, clip_target_quantile=0.5,
+                   clip_count_std=1.5)  # fmt: skip
+    mechanism = GaussianMechanism(args, 100, 40, [])
+    zero = {"w": torch.zeros(200_000, dtype=torch.float64)}
+    std = mechanism.add_noise(zero, 0, 3, 0, 2.0)["w"].std().item()
+    of_sum = std * 40 / 2.0
+    # Bits ±1/2: a client moves their sum by a half, so noise of 1.5 is a multiplier of 3.
+    together = (of_sum**-2 + 3.0**-2) ** -0.5
+    assert together == pytest.approx(0.8, rel=0.01)
+    fixed = GaussianMechanism(private(tmp_path, dp_noise_multiplier=0.8), 100, 40, [])
+    assert mechanism.epsilon(50) == fixed.epsilon(50)
+
+
+def test_a_resumed_run_has_the_same_clipping_norms(tmp_path):
+    def run(folder, rounds, resume=False):
+        torch.manual_seed(0)
+        args = private(folder, clip_target_quantile=0.5, num_rounds=rounds, save_every=1,
+                       clients_per_round=4, clip_count_std=2.0)  # fmt: skip
+        trainer = FederatedTrainer(torch.nn.Linear(16, 4), args, partition(toy(), "iid", 6))
+        history = trainer.train(resume_from_checkpoint=resume)
+        return [report.clip_norm for report in history], trainer.model.weight.clone()
+
+    norms, weight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    again, same = run(tmp_path / "b", 6, resume=True)
+    assert again == norms
+    assert len(set(norms)) == 6
+    assert torch.equal(weight, same)
+
+
+def test_what_a_moving_norm_cannot_be_with_is_refused(tmp_path):
+    with pytest.raises(ArgumentsError, match="needs clip_update_norm, to start from"):
+        arguments(tmp_path, clip_target_quantile=0.5)
+    with pytest.raises(ArgumentsError, match="clip_target_quantile cannot have buffer_size=2"):
+        arguments(tmp_path, clip_target_quantile=0.5, clip_update_norm=1.0, buffer_size=2)
+    args = private(tmp_path, clip_target_quantile=0.5, clip_count_std=0.4)
+    with pytest.raises(ArgumentsError, match="must be above half of dp_noise_multiplier=1"):
+        FederatedTrainer(torch.nn.Linear(16, 4), args, partition(toy(), "iid", 4))

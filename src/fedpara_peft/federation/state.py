@@ -57,6 +57,7 @@ class ServerState:
         remainders: of the entries of ``params`` that neither train nor travel as they are.
         clock_s: the simulated time, where clients' seconds are given.
         flights: clients that are still at work, where rounds do not wait for all.
+        clip_norm: C_t, where it follows the updates' norms.
     """
 
     round: int
@@ -68,6 +69,7 @@ class ServerState:
     remainders: Remainders = field(default_factory=Remainders)
     clock_s: float = 0.0
     flights: tuple[Flight, ...] = ()
+    clip_norm: float | None = None
 
     def restricted(self, names: Collection[str]) -> ServerState:
         """The part of the server that a round with these names works on."""
@@ -98,10 +100,12 @@ class Broadcast:
     Attributes:
         params: w_t.
         extra: what the strategy sends beside it, by name.
+        clip_norm: to which the update will be clipped, where that follows the updates' norms.
     """
 
     params: State
     extra: Mapping[str, State] = field(default_factory=dict)
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class ClientUpdate:
         extra: what the strategy sends beside it, by name.
         buffers: the buffers as they are, for not all of them have a difference.
         steps: how it trained; None where the strategy does not ask for it.
+        clipped: whether it was longer than it may be, and is as the server scaled it.
     """
 
     client: int
@@ -165,6 +170,7 @@ class ClientUpdate:
     extra: Mapping[str, State] = field(default_factory=dict)
     buffers: State = field(default_factory=dict)
     steps: LocalSteps | None = None
+    clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,6 +285,7 @@ class RoundReport:
         averaging_bias: error of averaging factors instead of weights, relative to the mean update
             of the weights; None where it was not measured.
         epsilon: ε of differential privacy after this round; None without noise.
+        clip_norm: what updates were clipped to, where it follows their norms.
         seconds: wall-clock time of the round, evaluation left out.
         slowest_client_s: training time of the slowest client that sent something, on the machine
             that simulated it (with the batched engine, an equal share of its stack's time); None
@@ -287,8 +294,7 @@ class RoundReport:
         staleness_mean: mean over the updates that were used of the server's steps since they began;
             None where a round waits for its whole cohort, or used none.
         staleness_max: the most of them; likewise.
-        local_steps: steps of the clients that sent something, together; None where some did not
-            tell (nodes do not).
+        local_steps: steps of the clients that sent something, together; None where nodes hide some.
         terms: what those steps' losses are means of, together: examples, or tokens that count.
         peak_memory_bytes: the most that this process, the main one, has held up to now: of the
             accelerator's memory, or without one of the machine's; None where it is not known.
@@ -310,6 +316,7 @@ class RoundReport:
     client_metrics: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
     averaging_bias: float | None = None
     epsilon: float | None = None
+    clip_norm: float | None = None
     slowest_client_s: float | None = None
     clock_s: float | None = None
     staleness_mean: float | None = None

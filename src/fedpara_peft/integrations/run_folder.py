@@ -101,7 +101,8 @@ def _weight(row: Any) -> tuple[Any, ...]:
 def _checked(report: RoundReport) -> RoundReport:
     """The report, if its values are of the kinds that it says; else a TypeError."""
     counts = (report.round, report.uplink_bytes, report.downlink_bytes, report.header_bytes)
-    optional = (report.train_loss, report.averaging_bias, report.epsilon, report.slowest_client_s)
+    optional = (report.train_loss, report.averaging_bias, report.epsilon, report.slowest_client_s,
+                report.clip_norm)  # fmt: skip
     measured = (report.local_steps, report.terms, report.peak_memory_bytes)
     own = [value for values in report.client_metrics.values() for value in values.values()]
     if not all(isinstance(count, int) for count in counts):

@@ -28,12 +28,13 @@ _INTERVALS = {
                "early_stopping_patience", "buffer_size", "concurrency"),
     # A rate or a decay of 0 would freeze the model from the second round on, without a sign of it.
     "(0, ∞)": ("learning_rate", "factor_learning_rate", "learning_rate_decay", "max_grad_norm",
-               "max_update_norm", "clip_update_norm", "secure_clip"),
+               "max_update_norm", "clip_update_norm", "secure_clip", "clip_learning_rate",
+               "clip_count_std"),
     "(0, 1]": ("client_fraction",),
     "[0, 1]": ("quorum",),
     "[0, 1)": ("drop_out_probability", "momentum", "warmup_ratio", "unmask_drop_out_probability"),
     "[0, 0.5)": ("secure_drop_outs",),
-    "(0, 1)": ("dp_delta",),
+    "(0, 1)": ("dp_delta", "clip_target_quantile"),
 }  # fmt: skip
 _CODECS = ("uplink_codec", "downlink_codec")
 #: What None means, where it is more than «the default».
@@ -103,6 +104,8 @@ class FederatedArguments(
             raise ArgumentsError(
                 f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
             )
+        if self.clip_target_quantile is not None:
+            self._require_adaptive_possible()
         if self.exact_average:
             self._require_plain_mean()
         require_meaning(self, self.clip_update_norm)
@@ -158,6 +161,16 @@ class FederatedArguments(
         share = share_of_rate(self.lr_scheduler_type, round, self._warmup, self.num_rounds)
         return rate * self.learning_rate_decay**round * share
 
+    def _require_adaptive_possible(self) -> None:
+        if self.clip_update_norm is None:
+            raise ArgumentsError("clip_target_quantile needs clip_update_norm, to start from")
+        for name in ("secure_aggregation", "buffer_size"):
+            if value := getattr(self, name):
+                raise ArgumentsError(
+                    f"clip_target_quantile cannot have {name}={value!r}: the server must see "
+                    "in the same round how many updates were clipped; leave one of them out"
+                )
+
     def _require_plain_mean(self) -> None:
         for name, plain, why in (
             ("aggregation", "mean", "no other aggregate is a mean of weights"),
@@ -170,6 +183,11 @@ class FederatedArguments(
                 raise ArgumentsError(
                     f"exact_average cannot have {name}={value!r}: {why}; leave one of them out"
                 )
+
+    @property
+    def start_clip_norm(self) -> float | None:
+        """The first round's clipping norm, where it follows the updates' norms."""
+        return None if self.clip_target_quantile is None else self.clip_update_norm
 
     @property
     def schedule_rounds(self) -> int | None:

@@ -41,6 +41,23 @@ class ServerArguments:
     clip_update_norm: float | None = field(
         default=None, metadata={"help": "Scale an update down to this norm if it is larger."}
     )
+    clip_target_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "Let the clipping norm, clip_update_norm at first, follow the updates: so that "
+            "this share of them is not clipped (0.5: half)."
+        },
+    )
+    clip_learning_rate: float = field(
+        default=0.2, metadata={"help": "How fast the clipping norm follows, in its logarithm."}
+    )
+    clip_count_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "With noise, standard deviation of that on the count of updates that are not "
+            "clipped; by default a twentieth of the cohort."
+        },
+    )
     aggregation: str = field(
         default="mean",
         metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},

@@ -178,7 +178,13 @@ class LocalTrainer:
 
     def first_server(self) -> ServerState:
         """The server before the first round, its tensors live."""
-        return ServerState(0, self.shared, buffers=self.buffers, remainders=Remainders(self.held))
+        return ServerState(
+            0,
+            self.shared,
+            buffers=self.buffers,
+            remainders=Remainders(self.held),
+            clip_norm=self._args.start_clip_norm,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -249,7 +255,7 @@ class LocalTrainer:
         """What a client trains from; arguments as in :meth:`train`."""
         kept = {} if state is None else self._placed(state.strategy)
         active = [n for n in self.shared if n not in resting and n not in self.held]
-        seen = Broadcast(_only(broadcast.params, active), broadcast.extra)
+        seen = Broadcast(_only(broadcast.params, active), broadcast.extra, broadcast.clip_norm)
         correction = self._strategy.correction(seen, kept)
         own = ClientState() if state is None else state
         keeps = self._args.optimizer_state == "keep"

@@ -174,7 +174,7 @@ def deliver(
     try:
         sent = channel.uplink(trained.update, turn.residual, turn.round, encode=encode)
         payload = sent.payload
-        used = checked(sent.received, args)
+        used = checked(sent.received, args, turn.seen.clip_norm)
         if seal is not None:
             sealed = seal(used, turn.round)
             used, payload, size = sealed.update, sealed.payload, sealed.size

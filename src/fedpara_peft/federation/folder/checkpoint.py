@@ -155,6 +155,7 @@ def _write(
         },
         "clock_s": server.clock_s,
         "flights": flights,
+        "clip_norm": server.clip_norm,
         "settings": must_agree(facts),
         "rounds": [report_to_json(report) for report in checkpoint.history],
     }
@@ -201,6 +202,7 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
             remainders=rest,
             clock_s=found["clock_s"],
             flights=flights_from_saved(at_work, waiting),
+            clip_norm=found["clip_norm"],
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error

@@ -95,5 +95,6 @@ def _numbers(report: RoundReport) -> Mapping[str, Any]:
         "peak_memory_bytes": report.peak_memory_bytes,
         "averaging_bias": report.averaging_bias,
         "epsilon": report.epsilon,
+        "clip_norm": report.clip_norm,
     }
     return {name: value for name, value in values.items() if value is not None}

@@ -20,21 +20,31 @@ from ..state import ClientState, ClientUpdate, Refused
 logger = logging.getLogger(__name__)
 
 
-def checked(update: ClientUpdate, args: FederatedArguments) -> ClientUpdate:
+def checked(
+    update: ClientUpdate, args: FederatedArguments, clip_norm: float | None = None
+) -> ClientUpdate:
     """An update that may be used, scaled down to ``clip_update_norm`` if it is larger.
 
     The update and each group that the strategy sends beside it (SCAFFOLD's change of the control)
     are held to the same norms, every one by itself. Norms are of parameters: buffers need only be
     finite.
 
+    Args:
+        update: a client's, decoded.
+        args: the run's settings.
+        clip_norm: the round's in place of ``clip_update_norm``, where it follows updates' norms.
+
     Raises:
         PayloadError: it holds NaN or infinity, or a norm is beyond ``max_update_norm``.
     """
     require_finite(update)
-    bounded = functools.partial(_bounded, args=args)
+    clip = args.clip_update_norm if clip_norm is None else clip_norm
+    bounded = functools.partial(_bounded, most=args.max_update_norm, clip=clip)
+    used = bounded("update", update.update)
     return dataclasses.replace(
         update,
-        update=bounded("update", update.update),
+        update=used,
+        clipped=used is not update.update,
         extra={group: bounded(group, state) for group, state in update.extra.items()},
     )
 
@@ -108,19 +118,18 @@ def _not_finite(parts: Mapping[str, State]) -> str | None:
     return next((f"the {what} is not finite, first {name}" for what, name in bad), None)
 
 
-def _bounded(what: str, state: State, args: FederatedArguments) -> State:
-    if args.max_update_norm is None and args.clip_update_norm is None:
+def _bounded(what: str, state: State, most: float | None, clip: float | None) -> State:
+    if most is None and clip is None:
         return state
     norm = state_norm(state)
-    if args.max_update_norm is not None and norm > args.max_update_norm:
+    if most is not None and norm > most:
         raise PayloadError(
             "norm",
-            f"the {what} has norm {norm:.3g}, allowed is {args.max_update_norm:.3g} "
-            "(max_update_norm)",
+            f"the {what} has norm {norm:.3g}, allowed is {most:.3g} (max_update_norm)",
         )
-    if args.clip_update_norm is None or norm <= args.clip_update_norm:
+    if clip is None or norm <= clip:
         return state
-    return {n: t * (args.clip_update_norm / norm) for n, t in state.items()}
+    return {n: t * (clip / norm) for n, t in state.items()}
 
 
 def state_norm(state: State) -> float:

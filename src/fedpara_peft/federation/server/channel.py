@@ -80,6 +80,12 @@ class Sent:
     size: PayloadSize
     payload: Payload | None
 
+    def with_clip_norm(self, norm: float | None) -> Sent:
+        """The same, but for the norm that updates will be clipped to."""
+        return dataclasses.replace(
+            self, broadcast=dataclasses.replace(self.broadcast, clip_norm=norm)
+        )
+
 
 @dataclass(frozen=True)
 class Upload:

@@ -27,6 +27,7 @@ class Cohort:
 
     Attributes:
         count: updates taken in.
+        within: of them, those that were not clipped.
         levels: the ranks of their clients.
         refused: updates that are not used.
         beside: client, direction and length of what travelled beside broadcast and updates.
@@ -50,7 +51,7 @@ class Cohort:
         self._loss = 0.0
         self._keep = keep
         self._kept: list[tuple[ClientUpdate, float]] = []
-        self.count = 0
+        self.count = self.within = 0
         self.levels: set[Level] = set()
         self.refused: list[Refused] = []
         self.beside: list[tuple[int, Direction, PayloadSize]] = []
@@ -75,6 +76,7 @@ class Cohort:
         self._loss += update.train_loss * update.num_examples
         self._examples += update.num_examples
         self.count += 1
+        self.within += not update.clipped
         if self._keep:
             self._kept.append((dataclasses.replace(update, buffers={}), weight))
 

@@ -31,7 +31,7 @@ from .channel import Channel
 from .cohort import Cohort
 from .mean import aggregate_from_name
 from .opened import OpenRound
-from .privacy import GaussianMechanism
+from .privacy import AdaptiveClip, GaussianMechanism
 from .sampling import drop_outs, sample_cohort
 from .schedule import resting_factors
 
@@ -85,6 +85,7 @@ class RoundServer:
         for direction in directions:  # made here, so that what cannot travel shows now
             layout = channel.layout(direction, start)
             unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
+        self._adaptive = AdaptiveClip.of(args, self._cohort_size)
         if args.dp_noise_multiplier:
             self._privacy = GaussianMechanism(
                 args, len(num_examples), self._cohort_size, sorted(unprotected)
@@ -110,7 +111,9 @@ class RoundServer:
         ranks, extra = self._channel.ranks, self._strategy.broadcast(part)
         levels = dict.fromkeys(ranks.level(client) for client in cohort) or {None: None}
         sent = {
-            level: self._channel.downlink(server, extra, resting, level, encode=encode)
+            level: self._channel.downlink(
+                server, extra, resting, level, encode=encode
+            ).with_clip_norm(server.clip_norm)
             for level in levels
         }
         arriving = dict.fromkeys(ranks.level(client) for client in (*cohort, *busy))
@@ -174,7 +177,7 @@ class RoundServer:
         moved, buffers, beside = layout.parted(found, opened.server.params)
         moved, beside = ranks.padded(moved, level), ranks.padded_each(beside, level)
         update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers, steps)
-        return checked(update, self._args)
+        return checked(update, self._args, opened.server.clip_norm)
 
     def weight(self, update: ClientUpdate) -> float:
         """Of an update in the cohort's mean."""
@@ -218,7 +221,9 @@ class RoundServer:
         next_round = dataclasses.replace(stepped, params=params, round=opened.number + 1)
         flights = () if opened.late is None else opened.late.at_work
         after = opened.server.updated(next_round)
-        after = dataclasses.replace(after, clock_s=opened.clock_s, flights=flights)
+        adaptive = self._adaptive
+        clip = None if adaptive is None else adaptive.next(opened.server, updates.within)
+        after = dataclasses.replace(after, clock_s=opened.clock_s, flights=flights, clip_norm=clip)
         if opened.exact is not None:
             taken = {client: factors for client, (factors, _) in opened.factors.items()}
             weights = [weight for _, weight in opened.factors.values()]
@@ -258,6 +263,7 @@ class RoundServer:
             header_bytes=ledger.header_bytes(number),
             averaging_bias=averaging_bias,
             epsilon=self.epsilon(number),
+            clip_norm=opened.server.clip_norm,
             seconds=seconds,
             slowest_client_s=slowest_client_s,
             clock_s=None if self._seconds is None else opened.clock_s,
@@ -274,7 +280,9 @@ class RoundServer:
             return mean
         seed = opened.server.noise_seed
         assert seed is not None
-        noisy = self._privacy.add_noise(mean.update, opened.updates.count, seed, opened.number)
+        noisy = self._privacy.add_noise(
+            mean.update, opened.updates.count, seed, opened.number, opened.server.clip_norm
+        )
         return dataclasses.replace(mean, update=noisy, share=self._privacy.share)
 
 

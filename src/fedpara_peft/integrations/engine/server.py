@@ -95,6 +95,11 @@ class FederationServer:
                 "factor_schedule='one_block', whose average is exact"
             )
         require_plain(setup.args, "nodes")
+        if setup.args.clip_target_quantile is not None:
+            raise ArgumentsError(
+                "clip_target_quantile has no way to nodes yet, which clip as the server does: use "
+                "a fixed clip_update_norm, or a simulation"
+            )
         if setup.args.client_seconds_sigma:
             raise ArgumentsError(
                 "client_seconds_sigma is of a simulated clock: nodes take their time"

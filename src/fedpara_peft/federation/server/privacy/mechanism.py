@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from ...comm.state import State
-from ..arguments import FederatedArguments
-from ..errors import ArgumentsError
-from ..random import torch_generator
+from ....comm.state import State
+from ...arguments import FederatedArguments
+from ...errors import ArgumentsError
+from ...random import torch_generator
+from .adaptive_clip import AdaptiveClip
 
 
 def noise_seed(args: FederatedArguments) -> int | None:
@@ -81,6 +82,8 @@ class GaussianMechanism:
                 "are known of clients that are drawn each by itself; or use dp_accountant='rdp'"
             )
         self._args = args
+        adaptive = AdaptiveClip.of(args, cohort_size)
+        self._multiplier = adaptive.sum_multiplier if adaptive else args.dp_noise_multiplier
         self._size = (population, cohort_size)
         self._expected = cohort_size * (1 - args.drop_out_probability)
 
@@ -89,7 +92,9 @@ class GaussianMechanism:
         """Clients expected to report, of the population; how many did is not told."""
         return self._expected / self._size[0]
 
-    def add_noise(self, mean: State, count: int, seed: int, round: int) -> State:
+    def add_noise(
+        self, mean: State, count: int, seed: int, round: int, clip_norm: float | None = None
+    ) -> State:
         """The noisy sum of clipped updates, divided by the clients expected to report.
 
         How many did report may tell something of them, so the divisor does not depend on it.
@@ -99,10 +104,11 @@ class GaussianMechanism:
             count: updates that it is of.
             seed: of the run's noise.
             round: rounds completed, for the derived randomness.
+            clip_norm: the round's in place of ``clip_update_norm``, where it follows the updates.
         """
-        args = self._args
-        assert args.clip_update_norm is not None
-        std = args.dp_noise_multiplier * args.clip_update_norm / self._expected
+        clip = self._args.clip_update_norm if clip_norm is None else clip_norm
+        assert clip is not None
+        std = self._multiplier * clip / self._expected
         noisy = {}
         for name, tensor in mean.items():
             generator = torch_generator(seed, round, name)
