@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 
 class Counted:
@@ -21,7 +20,7 @@ class Counted:
         trainer: about to train.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._step = trainer.training_step
         self._losses: dict[int, list[Tensor]] = {}

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ...arguments import FederatedArguments
@@ -75,7 +76,7 @@ class GivenTrainer:
         self._named: dict[str, Any] = {}
         if isinstance(given, functools.partial):
             found, self._named = given.func, dict(given.keywords)
-        of_transformers = inspect.isclass(found) and issubclass(found, Trainer)
+        of_transformers = inspect.isclass(found) and issubclass(found, _trainers())
         self._kind: type[Any] | None = found if of_transformers else None
         self._given = given
         self.name = getattr(found, "__name__", type(found).__name__)
@@ -143,7 +144,7 @@ class GivenTrainer:
                     f"local_trainer returned a {type(trainer).__name__}: return what has a "
                     "train(), such as a transformers Trainer"
                 )
-            if isinstance(trainer, Trainer):
+            if isinstance(trainer, _trainers()):
                 _check_args(trainer.args)
                 trainer.args = _own(trainer.args, folder)
         else:
@@ -187,6 +188,12 @@ class GivenTrainer:
                 f"functools.partial({self.name}, args=TrainingArguments(…))"
             )
         _check_args(args)
+
+
+def _trainers() -> tuple[type[Any], ...]:
+    """Transformers' ``Trainer``, if anybody has imported it: with it come datasets and pandas."""
+    module = sys.modules.get("transformers.trainer")
+    return () if module is None else (module.Trainer,)
 
 
 def _check_run(args: FederatedArguments, strategy: Strategy) -> None:
@@ -243,7 +250,7 @@ def trainer_seed(seed: int, own: int) -> int:
 @contextmanager
 def _counting(trainer: Any) -> Iterator[Counted | None]:
     """Count what a trainer of transformers does; of others, what they say must do."""
-    if not isinstance(trainer, Trainer):
+    if not isinstance(trainer, _trainers()):
         yield None
         return
     counted = Counted(trainer)
