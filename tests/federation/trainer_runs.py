@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script finds its own folder alone
 from tests.federation.test_local_trainer import federated, flat, llama, of_transformers, tokens
 
 
