@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -12,15 +11,14 @@ from accelerate.utils import broadcast
 
 from ..comm.errors import PayloadError
 from .crew import Crew
-from .folder.history import History
 from .server.opened import OpenRound
 from .server.round import RoundServer
 from .server.sampling import share_out
-from .simulation import Simulation
-from .state import Outcome, Refused, RoundReport, ServerState
+from .simulation import OnSimulation, Simulation
+from .state import Outcome, Refused
 
 
-class Processes:
+class Processes(OnSimulation):
     """Clients of all processes; see :class:`~.backend.Backend`.
 
     What travels between processes is what travels between machines: a client's payload, in bytes.
@@ -32,29 +30,13 @@ class Processes:
         crew: the processes.
     """
 
-    needs_payload = False
-
     def __init__(
         self, simulation: Simulation, rounds: RoundServer, accelerator: Accelerator, crew: Crew
     ) -> None:
-        self._simulation = simulation
+        super().__init__(simulation)
         self._rounds = rounds
         self._accelerator = accelerator
         self._crew = crew
-        self.names: Sequence[Any] = simulation.names
-        self.num_examples: Sequence[int] = simulation.num_examples
-
-    def facts(self) -> dict[str, Any]:
-        """As the simulation has it."""
-        return self._simulation.facts()
-
-    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
-        """As the simulation has it."""
-        self._simulation.begin(server, history, saved)
-
-    def send(self, opened: OpenRound) -> Collection[int]:
-        """As the simulation has it: every process makes the broadcast itself."""
-        return self._simulation.send(opened)
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~.backend.Backend` has it; the same on every process."""
@@ -77,22 +59,6 @@ class Processes:
             if outcome.keeps_state:
                 self._simulation.store.note(client, opened.number + 1)
             yield outcome
-
-    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
-        """As the simulation has it."""
-        self._simulation.end_round(opened, report, needed)
-
-    def commit(self) -> None:
-        """As the simulation has it."""
-        self._simulation.commit()
-
-    def rollback(self, round: int) -> None:
-        """As the simulation has it."""
-        self._simulation.rollback(round)
-
-    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
-        """As the simulation has it."""
-        return self._simulation.evaluate(server)
 
     def _from(self, owner: int, own: bytes | None, size: int) -> bytes:
         """A payload that one process has, on every process."""

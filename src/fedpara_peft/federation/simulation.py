@@ -227,3 +227,46 @@ class Simulation:
         wanted = self._args.client_store
         in_memory = wanted == "memory" or (wanted == "auto" and self._crew.size == 1)
         return MemoryStore(self._disk()) if in_memory else self._disk()
+
+
+class OnSimulation:
+    """Part of a backend over a simulation: all but how its clients' turns end.
+
+    Args:
+        simulation: lets clients take their turns.
+    """
+
+    needs_payload = False
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self.names: Sequence[Any] = simulation.names
+        self.num_examples: Sequence[int] = simulation.num_examples
+
+    def facts(self) -> dict[str, Any]:
+        """As the simulation has it."""
+        return self._simulation.facts()
+
+    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
+        """As the simulation has it."""
+        self._simulation.begin(server, history, saved)
+
+    def send(self, opened: OpenRound) -> Collection[int]:
+        """As the simulation has it: to those who begin in this round."""
+        return self._simulation.send(opened)
+
+    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
+        """As the simulation has it."""
+        self._simulation.end_round(opened, report, needed)
+
+    def commit(self) -> None:
+        """As the simulation has it."""
+        self._simulation.commit()
+
+    def rollback(self, round: int) -> None:
+        """As the simulation has it."""
+        self._simulation.rollback(round)
+
+    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
+        """As the simulation has it."""
+        return self._simulation.evaluate(server)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from ...comm.state import State
 from ..client.turn import at_rest
-from ..folder.history import History
 from ..server.opened import OpenRound
-from ..simulation import Simulation
-from ..state import ClientState, ClientUpdate, Flight, Outcome, RoundReport, ServerState
+from ..simulation import OnSimulation
+from ..state import ClientState, ClientUpdate, Flight, Outcome
 
 
-class LateClients:
+class LateClients(OnSimulation):
     """Clients of a simulation that may report in a later round; see :class:`~..backend.Backend`.
 
     A client trains when its turn begins, from the broadcast of that round. What it sends, and what
@@ -24,25 +22,6 @@ class LateClients:
     Args:
         simulation: lets clients take their turns.
     """
-
-    needs_payload = False
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation = simulation
-        self.names: Sequence[Any] = simulation.names
-        self.num_examples: Sequence[int] = simulation.num_examples
-
-    def facts(self) -> dict[str, Any]:
-        """As the simulation has it."""
-        return self._simulation.facts()
-
-    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
-        """As the simulation has it."""
-        self._simulation.begin(server, history, saved)
-
-    def send(self, opened: OpenRound) -> Collection[int]:
-        """As the simulation has it: to those who begin in this round."""
-        return self._simulation.send(opened)
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """How the turns ended that end in this round, whenever they began; in client order."""
@@ -64,22 +43,6 @@ class LateClients:
             if outcome.update is not None and state is not None:
                 self._simulation.store.put(outcome.client, opened.number + 1, state)
             yield dataclasses.replace(outcome, update=_moved(outcome.update, like))
-
-    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
-        """As the simulation has it."""
-        self._simulation.end_round(opened, report, needed)
-
-    def commit(self) -> None:
-        """As the simulation has it."""
-        self._simulation.commit()
-
-    def rollback(self, round: int) -> None:
-        """As the simulation has it."""
-        self._simulation.rollback(round)
-
-    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
-        """As the simulation has it."""
-        return self._simulation.evaluate(server)
 
 
 class _Held:

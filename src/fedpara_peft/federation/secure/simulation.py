@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from ...comm.errors import SecureAggregationError
 from ...comm.ledger import Direction
@@ -15,11 +14,10 @@ from ...comm.secure.agreement import Summed
 from ...comm.secure.client import SecureClient
 from ...comm.secure.server import SecureServer
 from ..arguments import FederatedArguments
-from ..folder.history import History
 from ..random import numpy_generator
 from ..server.opened import OpenRound
-from ..simulation import Simulation
-from ..state import Outcome, RoundReport, ServerState
+from ..simulation import OnSimulation, Simulation
+from ..state import Outcome
 from ..strategies import Strategy
 from .fit import agreement_of, fixed_range
 from .seal import Sealer, names_of
@@ -30,7 +28,7 @@ logger = logging.getLogger(__name__)
 _DROP_OUT_STAGES = 3
 
 
-class SecureSimulation:
+class SecureSimulation(OnSimulation):
     """Clients of this process and what passes between them and the server, in bytes.
 
     See :class:`~..backend.Backend`. Clients that drop out by ``drop_out_probability`` do so before
@@ -44,8 +42,6 @@ class SecureSimulation:
         sealer: masks what they send; the simulation's turns have it.
     """
 
-    needs_payload = False
-
     def __init__(
         self,
         args: FederatedArguments,
@@ -55,22 +51,8 @@ class SecureSimulation:
     ) -> None:
         self._args = args
         self._strategy = strategy
-        self._simulation = simulation
+        super().__init__(simulation)
         self._sealer = sealer
-        self.names: Sequence[Any] = simulation.names
-        self.num_examples: Sequence[int] = simulation.num_examples
-
-    def facts(self) -> dict[str, Any]:
-        """As the simulation has it."""
-        return self._simulation.facts()
-
-    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
-        """As the simulation has it."""
-        self._simulation.begin(server, history, saved)
-
-    def send(self, opened: OpenRound) -> Collection[int]:
-        """As the simulation has it."""
-        return self._simulation.send(opened)
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~..backend.Backend` has it; the cohort's mean is in the round afterwards.
@@ -89,22 +71,6 @@ class SecureSimulation:
                 raise
             logger.warning("round %d changes nothing: %s", opened.number + 1, error)
             self._simulation.rollback(opened.number)
-
-    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
-        """As the simulation has it."""
-        self._simulation.end_round(opened, report, needed)
-
-    def commit(self) -> None:
-        """As the simulation has it."""
-        self._simulation.commit()
-
-    def rollback(self, round: int) -> None:
-        """As the simulation has it."""
-        self._simulation.rollback(round)
-
-    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
-        """As the simulation has it."""
-        return self._simulation.evaluate(server)
 
     def _summed(self, opened: OpenRound) -> Iterator[Outcome]:
         agreed = agreement_of(
