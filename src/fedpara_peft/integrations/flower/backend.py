@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flwr.app import RecordDict
@@ -15,9 +14,9 @@ from ...federation.arguments import FederatedArguments
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
-from ...federation.state import Outcome, RoundReport, ServerState
-from ..engine.answers import check_came, outcome_of, refused, run_name, used_last
-from ..engine.node import Job
+from ...federation.state import Outcome, ServerState
+from ..engine.answers import check_came, outcome_of, refused
+from ..engine.backend import OnNodes
 from .directory import Directory
 from .exchange import Pending, collect, dispatch
 from .messages import job_record, read_answer
@@ -27,7 +26,7 @@ logger = logging.getLogger("flwr.fedpara")
 _RUN_FILE = "flower-run.txt"
 
 
-class FlowerBackend:
+class FlowerBackend(OnNodes):
     """Clients on the nodes of a grid; see :class:`~fedpara_peft.federation.backend.Backend`.
 
     Args:
@@ -39,8 +38,6 @@ class FlowerBackend:
         expected: what every node must have been given, by name.
     """
 
-    needs_payload = True
-
     def __init__(
         self,
         grid: Grid,
@@ -50,21 +47,10 @@ class FlowerBackend:
         deadline_s: float,
         expected: Mapping[str, Any],
     ) -> None:
+        super().__init__(args, rounds, num_examples, deadline_s, logger)
         self._grid = grid
-        self._args = args
-        self._rounds = rounds
-        self._deadline_s = deadline_s
         self._directory = Directory(grid, len(num_examples), deadline_s, expected)
         self._pending = Pending()
-        self._run_name = ""
-        self._used: dict[int, int] = {}
-        self._needed: tuple[int, ...] = ()
-        self.names: Sequence[Any] = range(len(num_examples))
-        self.num_examples = num_examples
-
-    def facts(self) -> dict[str, Any]:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        return {"clients": {"number of clients": len(self.names)}}
 
     def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
         """Take up the run's name, and wait for the nodes.
@@ -74,10 +60,7 @@ class FlowerBackend:
             RoundError: no node came in time, or too few to sample by their examples.
             AgreementError: those that came were given another run.
         """
-        name_file = Path(self._args.output_dir) / _RUN_FILE
-        self._run_name = run_name(name_file, server.round, logger)
-        self._used = used_last(history)
-        self._needed = (*saved, server.round)
+        self._take_up(_RUN_FILE, server, history, saved)
         self._introduce()
 
     def send(self, opened: OpenRound) -> Collection[int]:
@@ -87,10 +70,7 @@ class FlowerBackend:
             logger.warning("round %d: no sampled client is connected", opened.number + 1)
         jobs = {}
         for client in opened.reporting:
-            payload = opened.sent_to(client).payload
-            data, kept = payload.data if payload else b"", self._used.get(client, 0)
-            needed = self._needed_of(client)
-            jobs[client] = job_record(Job(self._run_name, opened.number, kept, needed, data))
+            jobs[client] = job_record(self._job(opened, client))
         group = str(opened.number + 1)
         self._pending = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
         return list(self._pending.expected.values())
@@ -98,37 +78,13 @@ class FlowerBackend:
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
         replies = collect(self._grid, self._directory, self._pending)
-        silent = [client for client in opened.reporting if client not in replies.content]
-        if silent:
-            logger.warning(
-                "round %d goes on without clients %s (deadline %g s)",
-                opened.number + 1, silent, self._deadline_s,
-            )  # fmt: skip
+        self._tell_of_silent(opened, replies.content)
         for client in opened.reporting:
             if client in replies.content:
                 yield self._outcome(opened, client, replies.content[client])
         for beside in replies.refused:
             reported = beside.client in replies.content
             yield Outcome(beside.client, refused=beside, reported=reported)
-
-    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it: the next jobs tell it."""
-        self._used.update(used_last([report]))
-        self._needed = tuple(needed)
-
-    def commit(self) -> None:
-        """Nothing to do: nodes write what their clients keep before they answer."""
-
-    def rollback(self, round: int) -> None:
-        """Nothing to do: the next jobs say which state of a client goes with the server's."""
-
-    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
-        """Nothing: clients' own data are not evaluated on nodes."""
-        return {}
-
-    def _needed_of(self, client: int) -> tuple[int, ...]:
-        """Versions of a client's state to which the server may return."""
-        return self._needed
 
     def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
         """What a client sent, used or refused by name."""

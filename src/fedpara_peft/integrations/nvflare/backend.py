@@ -6,7 +6,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nvflare.apis.shareable import Shareable
@@ -17,9 +16,9 @@ from ...federation.data.fingerprint import differences, shown_differences
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
-from ...federation.state import Outcome, RoundReport, ServerState
-from ..engine.answers import check_came, outcome_of, refused, run_name, used_last
-from ..engine.node import Job
+from ...federation.state import Outcome, ServerState
+from ..engine.answers import check_came, outcome_of, refused
+from ..engine.backend import OnNodes
 from .messages import INTRODUCE, TRAIN, job_message, read_answer, read_introduction
 from .sites import Heard, Sites
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 _RUN_FILE = "nvflare-run.txt"
 
 
-class FlareBackend:
+class FlareBackend(OnNodes):
     """Clients on the sites of a job; see :class:`~fedpara_peft.federation.backend.Backend`.
 
     Args:
@@ -40,8 +39,6 @@ class FlareBackend:
         expected: what every site must have been given, by name.
     """
 
-    needs_payload = True
-
     def __init__(
         self,
         sites: Sites,
@@ -51,10 +48,8 @@ class FlareBackend:
         deadline_s: float,
         expected: Mapping[str, Any],
     ) -> None:
+        super().__init__(args, rounds, num_examples, deadline_s, logger)
         self._sites = sites
-        self._args = args
-        self._rounds = rounds
-        self._deadline_s = deadline_s
         self._expected = expected
         self._present: set[int] = set()
         self._late: queue.Queue[Heard] = queue.Queue()
@@ -62,15 +57,6 @@ class FlareBackend:
         self._replies: queue.Queue[Heard] = queue.Queue()
         self._asked: dict[int, Callable[[], None]] = {}
         self._end = 0.0
-        self._run_name = ""
-        self._used: dict[int, int] = {}
-        self._needed: tuple[int, ...] = ()
-        self.names: Sequence[Any] = range(len(num_examples))
-        self.num_examples = num_examples
-
-    def facts(self) -> dict[str, Any]:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        return {"clients": {"number of clients": len(self.names)}}
 
     def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
         """Take up the run's name, and wait for the sites.
@@ -80,10 +66,7 @@ class FlareBackend:
             RoundError: no site came in time, or too few to sample by their examples.
             AgreementError: those that came were given another run.
         """
-        name_file = Path(self._args.output_dir) / _RUN_FILE
-        self._run_name = run_name(name_file, server.round, logger)
-        self._used = used_last(history)
-        self._needed = (*saved, server.round)
+        self._take_up(_RUN_FILE, server, history, saved)
         everybody = set(self.names)
         logger.info("waiting for %d clients", len(everybody))
         for client in self.names:  # the question stands: whoever comes late answers it, too
@@ -103,10 +86,7 @@ class FlareBackend:
         self._replies, self._asked = queue.Queue(), {}  # answers to former rounds go nowhere
         for client in opened.reporting:
             if client in self._present:
-                payload = opened.sent_to(client).payload
-                data, kept = payload.data if payload else b"", self._used.get(client, 0)
-                job = Job(self._run_name, opened.number, kept, self._needed, data)
-                message = job_message(job)
+                message = job_message(self._job(opened, client))
                 self._asked[client] = self._sites.ask(TRAIN, client, message, self._replies.put)
         self._end = time.monotonic() + self._deadline_s
         return list(self._asked)
@@ -118,30 +98,10 @@ class FlareBackend:
             if client not in heard:
                 take_back()
         came = {client: message for client, message in heard.items() if message is not None}
-        silent = [client for client in opened.reporting if client not in came]
-        if silent:
-            logger.warning(
-                "round %d goes on without clients %s (deadline %g s)",
-                opened.number + 1, silent, self._deadline_s,
-            )  # fmt: skip
+        self._tell_of_silent(opened, came)
         for client in opened.reporting:
             if client in came:
                 yield self._outcome(opened, client, came[client])
-
-    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it: the next jobs tell it."""
-        self._used.update(used_last([report]))
-        self._needed = tuple(needed)
-
-    def commit(self) -> None:
-        """Nothing to do: sites write what their clients keep before they answer."""
-
-    def rollback(self, round: int) -> None:
-        """Nothing to do: the next jobs say which state of a client goes with the server's."""
-
-    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
-        """Nothing: clients' own data are not evaluated on sites."""
-        return {}
 
     def _outcome(self, opened: OpenRound, client: int, message: Shareable) -> Outcome:
         try:

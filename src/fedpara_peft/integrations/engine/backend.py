@@ -1,0 +1,94 @@
+"""What backends have in common whose clients are on nodes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...federation.arguments import FederatedArguments
+from ...federation.folder.history import History
+from ...federation.server.opened import OpenRound
+from ...federation.server.round import RoundServer
+from ...federation.state import RoundReport, ServerState
+from .answers import run_name, used_last
+from .node import Job
+
+
+class OnNodes:
+    """Part of a backend over nodes: the run's name, and which states of clients are used.
+
+    Args:
+        args: the run's settings.
+        rounds: decodes and admits payloads.
+        num_examples: of every client, filled in when its node has said so.
+        deadline_s: how long a round waits for answers, and its beginning for nodes.
+        logger: the engine's.
+    """
+
+    needs_payload = True
+
+    def __init__(
+        self,
+        args: FederatedArguments,
+        rounds: RoundServer,
+        num_examples: list[int],
+        deadline_s: float,
+        logger: logging.Logger,
+    ) -> None:
+        self._args = args
+        self._rounds = rounds
+        self._deadline_s = deadline_s
+        self._logger = logger
+        self._run_name = ""
+        self._used: dict[int, int] = {}
+        self._needed: tuple[int, ...] = ()
+        self.names: Sequence[Any] = range(len(num_examples))
+        self.num_examples = num_examples
+
+    def facts(self) -> dict[str, Any]:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        return {"clients": {"number of clients": len(self.names)}}
+
+    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it: the next jobs tell it."""
+        self._used.update(used_last([report]))
+        self._needed = tuple(needed)
+
+    def commit(self) -> None:
+        """Nothing to do: nodes write what their clients keep before they answer."""
+
+    def rollback(self, round: int) -> None:
+        """Nothing to do: the next jobs say which state of a client goes with the server's."""
+
+    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
+        """Nothing: clients' own data are not evaluated on nodes."""
+        return {}
+
+    def _take_up(
+        self, file_name: str, server: ServerState, history: History, saved: Sequence[int]
+    ) -> None:
+        """The run's name, kept in a file of ``output_dir``, and the states that belong to it."""
+        name_file = Path(self._args.output_dir) / file_name
+        self._run_name = run_name(name_file, server.round, self._logger)
+        self._used = used_last(history)
+        self._needed = (*saved, server.round)
+
+    def _job(self, opened: OpenRound, client: int) -> Job:
+        """What a client is asked to do."""
+        payload = opened.sent_to(client).payload
+        data, kept = payload.data if payload else b"", self._used.get(client, 0)
+        return Job(self._run_name, opened.number, kept, self._needed_of(client), data)
+
+    def _needed_of(self, client: int) -> tuple[int, ...]:
+        """Versions of a client's state to which the server may return."""
+        return self._needed
+
+    def _tell_of_silent(self, opened: OpenRound, came: Collection[int]) -> None:
+        silent = [client for client in opened.reporting if client not in came]
+        if silent:
+            self._logger.warning(
+                "round %d goes on without clients %s (deadline %g s)",
+                opened.number + 1, silent, self._deadline_s,
+            )  # fmt: skip
