@@ -1,6 +1,7 @@
 """The layers: maths -> tuner -> comm -> federation -> edge, no upward import, no cycle."""
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ LAYERS = {
 }
 
 
+@functools.cache
 def modules():
     return {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
 

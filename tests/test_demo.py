@@ -1,21 +1,14 @@
 """The demo and its second process, on fewer rounds."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.forks import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, EXAMPLES / script, *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_script(EXAMPLES / script, *arguments, timeout=600)
 
 
 def test_demo_trains_saves_reloads_and_merges(tmp_path):

@@ -1,28 +1,20 @@
 """Every example runs as its first line says, without a network or a data set."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
+from tests.forks import run_script
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
 def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, EXAMPLES / script, "--disable_tqdm", "True", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_script(EXAMPLES / script, "--disable_tqdm", "True", *arguments)
 
 
 def smoke(script, output, *arguments):

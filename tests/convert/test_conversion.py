@@ -16,6 +16,7 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.convert.written import batch, block, close, dense, loha_factors, write_loha
+from tests.forks import run_script
 from tests.hub import serve
 from tests.zoo import adapted, mlp, randomize
 from torch import nn
@@ -471,11 +472,8 @@ def test_pefts_loha_of_a_language_model_from_the_shell(tmp_path, capsys):
     reason="lycoris-lora and diffusers are not installed",
 )
 def test_the_example_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "lycoris_to_lora.py", "--output_dir", tmp_path,
-         "--rank", "64", "--steps", "4"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    script = ROOT / "examples" / "lycoris_to_lora.py"
+    done = run_script(script, "--output_dir", tmp_path, "--rank", "64", "--steps", "4")
     assert done.returncode == 0, done.stderr
     assert "LyCORIS (lycoris_): 77 layers of rank up to 8, exactly" in done.stdout
     assert "relative error 0.00e+00" in done.stdout

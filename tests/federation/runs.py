@@ -1,9 +1,11 @@
-"""A run in a process of its own: ``runs.py FOLDER STRATEGY PARAMETERIZATION ROUNDS [VARIANT]``.
+"""Runs in processes of their own: ``runs.py FOLDER STRATEGY PARAMETERIZATION ROUNDS [VARIANT]``.
 
-Resumes if it can, and tells every round. Writes ``final.safetensors``: the global model, every
-client's own, and what its codec has lost so far and its optimizer keeps.
+Several are parted by ``--``. Each resumes if it can, and tells every round. It writes
+``final.safetensors``: the global model, every client's own, and what its codec has lost so far and
+its optimizer keeps.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +96,21 @@ PARAMETERIZATIONS = ("dense", "lowrank", "fedpara", "pfedpara")
 
 
 class Tells(FederatedCallback):
+    def __init__(self, tell):
+        self.tell = tell
+
     def on_round_end(self, server, report):
-        print("round", report.round, flush=True)
+        self.tell(report.round)
 
 
 def main():
-    folder, strategy, parameterization, rounds, *variant = sys.argv[1:]
-    run(folder, strategy, parameterization, int(rounds), *variant)
+    for parted, given in itertools.groupby(sys.argv[1:], lambda word: word == "--"):
+        if not parted:
+            folder, strategy, parameterization, rounds, *variant = given
+            run(folder, strategy, parameterization, int(rounds), *variant)
 
 
-def run(folder, strategy, parameterization, rounds, variant=None):
+def run(folder, strategy, parameterization, rounds, variant=None, tell=print):
     changes = VARIANTS[variant] if variant else {}
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -137,7 +144,8 @@ def run(folder, strategy, parameterization, rounds, variant=None):
     )  # fmt: skip
     trainer = FederatedTrainer(
         model, args, clients, data, compute_metrics=accuracy,
-        strategy={**STRATEGIES, **OWN}[strategy], client_eval_dataset=clients, callbacks=[Tells()],
+        strategy={**STRATEGIES, **OWN}[strategy], client_eval_dataset=clients,
+        callbacks=[Tells(tell)],
         client_ranks=[1, 0.5, 3, 3, 2, 1, 1.0, 9] if variant == "ranks" else None,
         client_seconds=[1.0, 4.0] * 4 if variant == "late" else None,
     )  # fmt: skip

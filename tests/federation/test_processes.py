@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
+from tests.federation import runs
+from tests.forks import finish, started
 
 from fedpara_peft import History
 from fedpara_peft.federation.server.sampling import share_out
@@ -32,27 +33,42 @@ def run(processes, script, *arguments):
     return done
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("Scaffold", "pfedpara", 6, "codec"),
-        ("FedAdam", "dense", 6),
-        ("FedNova", "fedpara", 4),
-        ("FedAvg", "pfedpara", 6, "keep"),
-        ("FedAvgM", "pfedpara", 4, "ranks"),
-    ],
-    ids=str,
-)
-def test_two_processes_are_one(tmp_path, case):
-    for processes in (1, 2):
-        done = run(processes, "runs.py", tmp_path / str(processes), *case)
-        assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / n / "final.safetensors") for n in "12")
+CASES = [
+    ("Scaffold", "pfedpara", 6, "codec"),
+    ("FedAdam", "dense", 6),
+    ("FedNova", "fedpara", 4),
+    ("FedAvg", "pfedpara", 6, "keep"),
+    ("FedAvgM", "pfedpara", 4, "ranks"),
+]
+
+
+def test_two_processes_are_one(tmp_path):
+    launch(2, tmp_path / "2", *CASES)
+    for case in CASES:
+        finish(started(runs.run, tmp_path / "1" / name(case), *case))
+        same(tmp_path / "1" / name(case), tmp_path / "2" / name(case), case)
+
+
+def launch(processes, folder, *cases):
+    """One launch for all cases: their processes are the same ones."""
+    each = [(folder / name(case), *case) for case in cases]
+    words = [word for case in each for word in ("--", *case)]
+    done = run(processes, "runs.py", *words)
+    assert done.returncode == 0, done.stderr
+
+
+def name(case):
+    return "-".join(map(str, case))
+
+
+def same(first, second, case):
+    """Every bit and every figure of two runs."""
+    one, two = (load_file(folder / "final.safetensors") for folder in (first, second))
     assert one.keys() == two.keys()
     assert any(k.startswith("residual") for k in one) == bool({"codec", "ranks"} & {*case})
     assert any(k.startswith("optimizer") for k in one) == ("keep" in case)
-    assert all(torch.equal(t, two[k]) for k, t in one.items())
-    histories = [History.load(tmp_path / n / "history.json") for n in "12"]
+    assert all(torch.equal(t, two[k]) for k, t in one.items()), case
+    histories = [History.load(folder / "history.json") for folder in (first, second)]
     for a, b in zip(*histories, strict=True):
         assert (a.train_loss, a.metrics, a.client_metrics) == (
             b.train_loss,
@@ -65,8 +81,8 @@ def test_two_processes_are_one(tmp_path, case):
 
 def test_one_process_continues_what_two_began(tmp_path):
     assert run(2, "runs.py", tmp_path / "mixed", "Scaffold", "pfedpara", 4).returncode == 0
-    assert run(1, "runs.py", tmp_path / "mixed", "Scaffold", "pfedpara", 8).returncode == 0
-    assert run(1, "runs.py", tmp_path / "whole", "Scaffold", "pfedpara", 8).returncode == 0
+    for folder in ("mixed", "whole"):
+        finish(started(runs.run, tmp_path / folder, "Scaffold", "pfedpara", 8))
     mixed, whole = (load_file(tmp_path / n / "final.safetensors") for n in ("mixed", "whole"))
     assert all(torch.equal(t, mixed[k]) for k, t in whole.items())
 

@@ -1,18 +1,14 @@
 """A run that was interrupted ends in the same bits, whatever interrupted it and when."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.federation.runs import STRATEGIES
+from tests.federation.runs import STRATEGIES, run
 from tests.federation.test_trainer import arguments, toy
+from tests.forks import FORKS, finish, kill, started
 from tests.zoo import adapted, mlp
 
 from fedpara_peft import (
@@ -26,8 +22,6 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.federation.folder.checkpoint import checkpoints
-
-RUNS = Path(__file__).parent / "runs.py"
 
 
 class InterruptedTestError(Exception):
@@ -211,25 +205,20 @@ def test_killed_and_resumed(tmp_path, case):
     """A real process that dies of SIGKILL; ``tests/slow`` does it more often."""
     rng = random.Random(str(case))
 
-    def start(folder):
-        return subprocess.Popen(
-            [sys.executable, RUNS, folder, *case[:2], "20", *case[2:]],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    variant = case[2] if len(case) > 2 else None
 
-    with start(tmp_path / "whole") as whole:
-        assert whole.wait(300) == 0
+    def start(folder, tell=print):
+        return started(run, folder, *case[:2], 20, variant, tell)
+
+    finish(start(tmp_path / "whole"))
     expected = load_file(tmp_path / "whole" / "final.safetensors")
     for _ in range(2):
-        with start(tmp_path / "cut") as process:
-            for _ in range(rng.randint(1, 4)):
-                assert process.stdout.readline().startswith("round ")
-            process.send_signal(signal.SIGKILL)  # within the next round, or soon after
-            assert process.wait(120) == -signal.SIGKILL
-    with start(tmp_path / "cut") as last:
-        assert last.wait(300) == 0
+        rounds, tells = FORKS.Pipe(duplex=False)
+        process = start(tmp_path / "cut", tells.send)
+        for _ in range(rng.randint(1, 4)):
+            rounds.recv()
+        assert kill(process)  # within the next round, or soon after
+    finish(start(tmp_path / "cut"))
     found = load_file(tmp_path / "cut" / "final.safetensors")
     assert found.keys() == expected.keys()
     assert any(k.startswith("optimizer") for k in found) == ("keep" in case)

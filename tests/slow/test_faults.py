@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 import torch
+from tests.forks import FORKS, kill, started
 from tests.slow.faults import KILLED_ROUNDS, ROUNDS, resumable, spoilt, trainer
-from tests.slow.forks import FORKS, kill, started
 
 from fedpara_peft import RoundError, Scaffold
 from fedpara_peft.federation.folder.checkpoint import checkpoints

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.federation.runs import PARAMETERIZATIONS, STRATEGIES, run
-from tests.slow.forks import finish, kill, started
+from tests.forks import finish, kill, started
 
 ROUNDS, KILLS = 24, 3
 #: Of the tests' variants, each with a strategy and a parameterization that it means something for.
