@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from fedpara_peft import FederatedTrainer
+from fedpara_peft.federation.random import seeded
 
 DRAWS = {
     "torch": lambda: float(torch.rand(())),
@@ -100,3 +101,13 @@ def test_every_evaluation_sees_the_same(tmp_path, draw):
     assert one.evaluate() == one.evaluate()
     other = trainer(tmp_path, draw, "rows", 1, seed=1)
     assert one.evaluate() != other.evaluate()
+
+
+def test_the_generator_of_an_apple_gpu_is_put_back(monkeypatch):
+    state = {"now": torch.tensor([1])}
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state["now"])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.update(now=new))
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: state.update(now=torch.tensor([2])))
+    with seeded(5, torch.device("mps")):
+        assert state["now"].item() == 2
+    assert state["now"].item() == 1

@@ -37,12 +37,15 @@ def preserved(device: torch.device = _CPU) -> Iterator[None]:
     This takes a tenth of a millisecond, :func:`reseed` a tenth of that.
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
+    apples_state = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+            if apples_state is not None:  # which fork_rng does not know
+                torch.mps.set_rng_state(apples_state)
 
 
 @contextmanager

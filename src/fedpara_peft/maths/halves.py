@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, matmul
 
 from .errors import RankError
+from .precision import wide
 
 Nonlinearity = Literal["tanh"] | None
 
@@ -35,6 +36,10 @@ class Half(NamedTuple):
         return Half(
             self.x.to(dtype), self.y.to(dtype), None if self.t is None else self.t.to(dtype)
         )
+
+    def wide(self) -> Half:
+        """The same factors in float64; see :func:`~.precision.wide`."""
+        return Half(wide(self.x), wide(self.y), None if self.t is None else wide(self.t))
 
     def tensors(self) -> list[Tensor]:
         """The factors that exist, in the order x, y, t."""

@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+#: Kinds of devices that have no float64; those of Apple.
+WITHOUT_FLOAT64 = {"mps"}
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast brings products to on a device, None where it is off."""
@@ -27,6 +30,11 @@ def as_given(device: torch.device) -> AbstractContextManager[object]:
     if autocast_dtype(device) is None:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def wide(x: Tensor) -> Tensor:
+    """X in float64, on the CPU where its device has none."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double()
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

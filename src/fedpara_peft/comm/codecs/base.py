@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...maths.precision import wide
 from ..schema import Schema, TensorSchema
 from ..state import State
 
@@ -43,7 +44,7 @@ class Codec(ABC):
         By default ‖x‖, which is what sending nothing costs: whatever loses more had better not be
         sent at all.
         """
-        return float(tensor.double().norm())
+        return float(wide(tensor).norm())
 
     @abstractmethod
     def wire(self, name: str, entry: TensorSchema) -> Schema:

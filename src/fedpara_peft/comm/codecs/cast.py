@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...maths.precision import wide
 from ..schema import Schema, TensorSchema
 from ..state import State
 from .base import Codec
@@ -27,7 +28,7 @@ class Cast(Codec):
     def error(self, tensor: torch.Tensor) -> float:
         """See :class:`Codec`; numbers below the normal range lose up to half of the smallest."""
         info = torch.finfo(self.dtype)
-        bound = tensor.double().abs() * (info.eps / 2)
+        bound = wide(tensor).abs() * (info.eps / 2)
         return float(bound.clamp_min(info.smallest_normal * info.eps / 2).norm())
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:

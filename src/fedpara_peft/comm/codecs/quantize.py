@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...maths.precision import wide
 from ..errors import PayloadError
 from ..schema import Schema, TensorSchema
 from ..state import State
@@ -47,15 +48,15 @@ class Quantize(Codec):
 
     def encode(self, name: str, tensor: torch.Tensor, generator: torch.Generator) -> State:
         """See :class:`Codec`."""
-        wide = tensor.reshape(-1).double()
-        c = (wide.abs().max() if wide.numel() else wide.sum()).float()
+        exact = wide(tensor).reshape(-1)
+        c = (exact.abs().max() if exact.numel() else exact.sum()).float()
         # Rounded up where float32 is too coarse, so that no value is beyond the last level.
-        if c.double() < (wide.abs().max() if wide.numel() else 0):
+        if c.double() < (exact.abs().max() if exact.numel() else 0):
             c = torch.nextafter(c, torch.tensor(torch.inf))
-        q = torch.zeros_like(wide)
+        q = torch.zeros_like(exact)
         if c > 0:
-            u = torch.rand(wide.shape, generator=generator, dtype=torch.float64)
-            q = (wide / c.double() * self.levels + u).floor()
+            u = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
+            q = (exact / c.double() * self.levels + u).floor()
         codes = (q.clamp(-self.levels, self.levels) + self.levels).to(torch.uint8)
         return {name: _packed(codes) if self.bits == 4 else codes, f"{name}.c": c}
 
@@ -66,7 +67,7 @@ class Quantize(Codec):
             codes = _unpacked(codes, entry.numel)
         if c < 0 or bool((codes > 2 * self.levels).any()):
             raise PayloadError("malformed", f"{name} holds codes beyond the last of int{self.bits}")
-        values = (codes.double() - self.levels) * (c.double() / self.levels)
+        values = (wide(codes) - self.levels) * (wide(c) / self.levels)
         return values.to(entry.dtype).reshape(entry.shape)
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...maths.precision import wide
 from ..errors import CodecError, PayloadError
 from ..schema import Schema, TensorSchema
 from ..state import State
@@ -45,7 +46,7 @@ class TopK(Codec):
     def error(self, tensor: torch.Tensor) -> float:
         """See :class:`Codec`."""
         left = tensor.numel() - self._count(tensor.numel())
-        return float(tensor.double().norm()) * math.sqrt(left / max(1, tensor.numel()))
+        return float(wide(tensor).norm()) * math.sqrt(left / max(1, tensor.numel()))
 
     def wire(self, name: str, entry: TensorSchema) -> Schema:
         """See :class:`Codec`."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...maths.precision import wide
 from ..schema import Schema
 from ..state import State
 
@@ -47,10 +48,10 @@ class FixedRange:
         """
         parts, clamped = [np.empty(0, np.int64)], 0
         for name in names:
-            wide = state[name].detach().reshape(-1).double().cpu()
-            clamped += int((wide.abs() > self.clip).sum())
-            u = torch.rand(wide.shape, generator=generator, dtype=torch.float64)
-            q = (wide.clamp(-self.clip, self.clip) / self.clip * self.levels + u).floor()
+            exact = wide(state[name].detach()).reshape(-1).cpu()
+            clamped += int((exact.abs() > self.clip).sum())
+            u = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
+            q = (exact.clamp(-self.clip, self.clip) / self.clip * self.levels + u).floor()
             parts.append(q.clamp(-self.levels, self.levels).to(torch.int64).numpy())
         return np.concatenate(parts), clamped
 

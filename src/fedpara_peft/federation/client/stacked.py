@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 
 from ...comm.state import State
 from ...maths.errors import FedParaError
+from ...maths.precision import wide
 from ...tuner.layer import FedParaLayer
 from ...tuner.scope import persistent_buffers, remainders
 from ..arguments import FederatedArguments
@@ -283,8 +284,8 @@ class BatchedTrainer:
         if alone.keys() != grads.keys():
             names = sorted(alone.keys() ^ grads.keys())
             raise RuntimeError(f"stacked clients train other parameters, {names[:3]}")
-        apart = sum(float((grads[n] - g).double().square().sum()) for n, g in alone.items())
-        size = sum(float(g.double().square().sum()) for g in alone.values())
+        apart = sum(float(wide(grads[n] - g).square().sum()) for n, g in alone.items())
+        size = sum(float(wide(g).square().sum()) for g in alone.values())
         if apart > _DISAGREE**2 * size:
             raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")
 

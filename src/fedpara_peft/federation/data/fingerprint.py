@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...comm.schema import digest as schema_digest
 from ...comm.schema import schema_of
 from ...comm.state import State
+from ...maths.precision import wide
 from ..arguments import FederatedArguments
 from ..random import derived_seed, seeded
 from ..strategies import Strategy
@@ -89,7 +90,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """A digest of a tensor's entries: of all, or of its ends, and its sum if it is large."""
     flat = tensor.detach().reshape(-1)
     if flat.numel() > 2 * _ENTRIES:
-        total = flat.sum() if flat.is_complex() else flat.sum(dtype=torch.float64)
+        total = flat.sum() if flat.is_complex() else wide(flat).sum()
         ends = torch.cat([flat[:_ENTRIES], flat[-_ENTRIES:]])
         return _short([_bytes_of(ends), str(total.item())])
     return _short([_bytes_of(flat)])

@@ -13,6 +13,7 @@ from ...comm.errors import PayloadError
 from ...comm.payload import is_finite
 from ...comm.schema import schema_of
 from ...comm.state import State
+from ...maths.precision import wide
 from ..arguments import FederatedArguments
 from ..errors import RoundError
 from ..state import ClientState, ClientUpdate, Refused
@@ -135,9 +136,9 @@ def _bounded(what: str, state: State, most: float | None, clip: float | None) ->
 def state_norm(state: State) -> float:
     """The 2-norm of all entries, which are floating-point or complex."""
     # float32 at least: a sum of squares leaves float16 early.
-    wide = {n: torch.promote_types(t.dtype, torch.float32) for n, t in state.items()}
-    norms = [torch.linalg.vector_norm(t.to(wide[n])) for n, t in state.items()]
-    return float(torch.stack([n.double() for n in norms]).norm()) if norms else 0.0
+    parts = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in state.values()]
+    norms = [wide(torch.linalg.vector_norm(part)) for part in parts]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def require_quorum(used: int, refused: list[Refused], cohort: int, quorum: float | None) -> None:

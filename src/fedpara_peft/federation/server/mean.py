@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...comm.state import State
+from ...maths.precision import wide
 from ..errors import ArgumentsError
 
 #: A part of a tensor.
@@ -52,7 +53,7 @@ class WeightedMean(Aggregate):
     def __init__(self, like: State) -> None:
         self._like = like
         self._weight = 0.0
-        self._sums = {n: torch.zeros_like(t, dtype=_sum_dtype(t)) for n, t in like.items()}
+        self._sums = {n: torch.zeros_like(_summand(t)) for n, t in like.items()}
         self._narrow = any(t.dtype != self._sums[n].dtype for n, t in like.items())
 
     def add(self, state: State, weight: float) -> None:
@@ -60,7 +61,7 @@ class WeightedMean(Aggregate):
         self._weight += weight
         sums, parts = list(self._sums.values()), [state[n] for n in self._sums]
         if self._narrow:
-            parts = [p.to(s.dtype) for p, s in zip(parts, sums, strict=True)]
+            parts = [_summand(p) for p in parts]
         if parts:
             torch._foreach_add_(sums, parts, alpha=weight)
 
@@ -99,7 +100,7 @@ class TrimmedMean(Aggregate):
     def _middle(self, name: str, like: Tensor) -> Tensor:
         count = len(self._states)
         cut = min(int(self._share * count + 1e-9), (count - 1) // 2)
-        values = torch.stack([s[name].to(_sum_dtype(like)) for s in self._states])
+        values = torch.stack([_summand(s[name]) for s in self._states])
         parts = torch.view_as_real(values) if values.is_complex() else values
         middle = parts.sort(0).values[cut : count - cut].mean(0)
         return torch.view_as_complex(middle) if values.is_complex() else middle
@@ -168,15 +169,16 @@ def _pieces(state: State, where: Sequence[tuple[str, Where]]) -> State:
     return {f"{i}": state[name][at] if at else state[name] for i, (name, at) in enumerate(where)}
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
+def _summand(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that sums of its kind are formed in."""
     if tensor.itemsize == 1 and tensor.is_floating_point():  # which torch does not promote
-        return torch.float32
+        return tensor.float()
     if tensor.is_floating_point() or tensor.is_complex():
-        return torch.promote_types(tensor.dtype, torch.float32)
-    return torch.float64
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return wide(tensor)
 
 
 def _like(mean: Tensor, like: Tensor) -> Tensor:
-    """A mean in the dtype that it is of."""
+    """A mean in the dtype that it is of, and on its device."""
     exact = like.is_floating_point() or like.is_complex()
-    return (mean if exact else mean.round()).to(like.dtype)
+    return (mean if exact else mean.round()).to(like.dtype).to(like.device)

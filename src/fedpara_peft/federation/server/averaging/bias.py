@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ....comm.state import State
 from ....maths.compose import compose_shared
+from ....maths.precision import wide
 from ....tuner.layer import factorized_weights
 from ...state import ServerState
 
@@ -54,7 +55,7 @@ class AveragingBias:
         for one, total, w, start in zip(weights, self._sums, found, self._before, strict=True):
             exact = total / (self._weight or 1.0)
             if (name := one.remainder_name) in after.remainders.names:
-                made_up = after.params[name].double() - before.params[name].double()
+                made_up = wide(after.params[name]) - wide(before.params[name])
                 w = w + one.layer._as_composed(made_up, one.plan)
             error += float((exact - w).square().sum())
             change += float((exact - start).square().sum())
@@ -66,7 +67,7 @@ class AveragingBias:
             for name, tensor in self._shared.items():
                 tensor.copy_(state[name])
             for found in factorized_weights(self._model):
-                halves = [half.to(torch.float64) for half in found.halves]
+                halves = [half.wide() for half in found.halves]
                 spec = found.spec
                 weight = compose_shared(halves, spec.parameterization, spec.nonlinearity)
                 if (row := found.layer.zero_row) is not None:

@@ -28,6 +28,7 @@ from ....comm.payload import Format, Payload, PayloadSize
 from ....comm.schema import Schema, schema_of
 from ....comm.state import State
 from ....maths.compose import Half
+from ....maths.precision import wide
 from ....tuner.layer import FactorizedWeight, factorized_weights
 from ...errors import ArgumentsError
 from ...state import ServerState, Terms
@@ -48,7 +49,7 @@ class _Product:
     def of(self, state: State) -> Tensor:
         """P(θ) in the base layer's layout, in float64."""
         halves = [
-            Half(*(None if n is None else state[n].double() for n in names))  # type: ignore[arg-type]
+            Half(*(None if n is None else wide(state[n]) for n in names))  # type: ignore[arg-type]
             for names in self.factors
         ]
         return self.found.layer.product(self.found.adapter, self.found.weight, halves, 1.0)
@@ -180,10 +181,10 @@ class ExactAverage:
         found = {}
         with torch.no_grad():
             for name, product in self._products.items():
-                total = params[name].double()
+                total = wide(params[name])
                 for weight, state in zip(terms.weights, terms.states, strict=True):
                     total = total.add(product.of(state), alpha=weight)
-                found[name] = total.to(params[name].dtype)
+                found[name] = total.to(params[name].dtype).to(params[name].device)
         return found
 
     def own_factors(self, state: State) -> State:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ....comm.state import State
+from ....maths.precision import wide
 from ...arguments import FederatedArguments
 from ...errors import ArgumentsError
 from ...random import torch_generator
@@ -113,7 +114,7 @@ class GaussianMechanism:
         for name, tensor in mean.items():
             generator = torch_generator(seed, round, name)
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            sum_part = tensor.double().cpu() * (count / self._expected)
+            sum_part = wide(tensor).cpu() * (count / self._expected)
             noisy[name] = (sum_part + std * noise).to(tensor.dtype).to(tensor.device)
         return noisy
 
