@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...maths.apply import low_rank_form
 from ...maths.compose import Half, compose
-from ..layer import FedParaLayer
 from ..plan import WeightShape
+from .additive import AdditiveLayer
 
 
-class Embedding(FedParaLayer):
+class Embedding(AdditiveLayer):
     """FedPara for lookup tables; only the rows that a batch looks up are composed.
 
     A fresh table has variance 1, as ``torch.nn.Embedding`` has. The row of ``padding_idx`` is zero
@@ -24,7 +22,6 @@ class Embedding(FedParaLayer):
 
     kind = "embedding"
     base_classes = (nn.Embedding,)
-    mixes_adapters = True
 
     @staticmethod
     def weights_of(base_layer: nn.Module) -> dict[str, WeightShape]:
@@ -65,29 +62,13 @@ class Embedding(FedParaLayer):
             a[self.zero_row] = 0
         return {"lora_embedding_A": a.T, "lora_embedding_B": self.scale_of(adapter_name) * b}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Look up the base table and add the rows of every active adapter's ΔW.
-
-        ``adapter_names`` gives every sample its own adapter; see ``mixed_batch.py``.
-        """
-        if "adapter_names" in kwargs and not self.disable_adapters:
-            return self._forward_mixed(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
-        if self._base_alone():
-            return self.base_layer(x, *args, **kwargs)
-        adapters = self._adapters_to_run()
-        if self.replaced:
-            return self._rows(x, next(iter(self.specs)))
-        result = self.base_layer(x, *args, **kwargs)
-        dtype = result.dtype
-        for adapter_name in adapters:
-            rows = self._rows(x, adapter_name)
-            p = self.specs[adapter_name].rank_dropout if self.training else 0.0
-            result = result + (self._drop_output_features(rows, p) if p else rows)
-        return result.to(dtype)
+    def _forward_replaced(self, x: Tensor, adapter_name: str) -> Tensor:
+        return self._rows(x, adapter_name)
 
     def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        return result + self._rows(x, adapter_name)
+        rows = self._rows(x, adapter_name)
+        p = self.specs[adapter_name].rank_dropout if self.training else 0.0
+        return result + (self._drop_output_features(rows, p) if p else rows)
 
     def _batch_size(self, x: Tensor) -> int | None:
         return int(x.shape[0]) if x.dim() else None

@@ -18,41 +18,17 @@ from ...maths.compose import Half
 from ...maths.cost import low_rank_form_is_cheaper
 from ...maths.precision import autocast_dtype, output_dtype
 from ..errors import UnsupportedLayerError
-from ..layer import FedParaLayer
+from .additive import AdditiveLayer
 
 #: LoHa's factors in the order of ours: X, Y, T of each half.
 LOHA_FACTORS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 
 
-class ProductLayer(FedParaLayer):
+class ProductLayer(AdditiveLayer):
     """Base of linear layers and convolutions."""
 
-    mixes_adapters = True
     #: Whether the low-rank form is more launches than composing, which an accelerator feels.
     form_launches_more: ClassVar[bool] = True
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone.
-
-        ``adapter_names`` gives every sample its own adapter; see ``mixed_batch.py``.
-        """
-        if "adapter_names" in kwargs and not self.disable_adapters:
-            return self._forward_mixed(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
-        if self._base_alone():
-            return self.base_layer(x, *args, **kwargs)
-        adapters = self._adapters_to_run()
-        if self.replaced:
-            return self._forward_replaced(x, next(iter(self.specs)))
-        if len(adapters) == 1 and (joined := self._forward_joined(x, adapters[0])) is not None:
-            return joined
-        result = self.base_layer(x, *args, **kwargs)
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter in adapters:
-            result = self._add_delta(result, x, adapter)
-        return result.to(dtype)
 
     # What a layer kind says about itself.
 
@@ -107,9 +83,6 @@ class ProductLayer(FedParaLayer):
         return self._apply_weight(x, weight, base_layer.bias)
 
     def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        return self._add_delta(result, x, adapter_name)
-
-    def _add_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         p = self.specs[adapter_name].rank_dropout if self.training else 0.0
         if self._takes_form(x, adapter_name, joined=False):
             if not p:

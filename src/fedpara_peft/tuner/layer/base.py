@@ -324,7 +324,7 @@ class FedParaLayer(
         return int(x.shape[0]) if x.dim() > 1 else None
 
     def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """``result`` with what one adapter adds to it, in inference."""
+        """``result`` with what one adapter adds to it."""
         raise NotImplementedError
 
     # Private.
