@@ -321,11 +321,16 @@ def test_a_run_collapses_when_it_falls_back_by_five_points(paper, accuracies, fe
 # Fine-tuning.
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    return tmp_path_factory.mktemp("finetune")
+
+
 @pytest.fixture
-def tiny(paper, monkeypatch, tmp_path):
+def tiny(paper, monkeypatch, prepared):
     base, cells = paper("finetune.base").base, paper("finetune.cells").cells
-    monkeypatch.setattr(base, "CACHE", tmp_path / "cache")
-    base.prepare("tiny", "stdlib", cells.SCALES["toy"], "")
+    monkeypatch.setattr(base, "CACHE", prepared)
+    base.prepare("tiny", "stdlib", cells.SCALES["toy"], "")  # once for all tests
     return cells
 
 
@@ -351,6 +356,47 @@ def test_an_adapter_is_fine_tuned_and_all_have_one_size(tiny, paper, tmp_path, a
     assert row["bytes"] == pytest.approx(2 * 3 * 4 * row["parameters"], rel=0.2)
     assert [point[0] for point in row["curve"]] == [1, 2, 3]
     json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("way", ["exact average", "ranks r/2, r, 2r", "int8", "int4", "one block"])
+def test_an_adapter_is_federated_in_every_way(tiny, paper, tmp_path, monkeypatch, way):
+    work = paper("finetune.work").work
+    both = replace(tiny.SCALES["toy"], clients_per_round=2)
+    monkeypatch.setitem(tiny.SCALES, "toy", both)
+    plain = tiny.Tune("stdlib", "FedPara", "toy", learning_rate=0.02)
+    assert way in tiny.WAYS
+    row, without = (
+        work.work(cell, tmp_path / str(cell.way[:3]), "tiny")
+        for cell in (replace(plain, way=way), plain)
+    )
+    assert row["loss"] != without["loss"]
+    assert (row["bytes"] > without["bytes"]) == (way == "exact average")
+
+
+def test_ways_to_federate_are_set_against_loras_last_loss(tiny, paper, tmp_path, monkeypatch):
+    tables, results = paper("finetune.tables").tables, paper("pool").Results([tmp_path], tiny.Tune)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "finetune")
+    kinds = [("LoRA", "plain", 0.02, 1.0), ("FedPara", "plain", 0.02, 0.5)]
+    kinds.append(("FedPara", "int8", 0.025, 0.25))
+    for adapter, way, fall, share in kinds:
+        for seed, rate in [(100, 3e-4), (100, 1e-3), (100, 3e-3), (0, 1e-3), (1, 1e-3), (2, 1e-3)]:
+            rounds = 4 if seed == 100 else None
+            cell = tiny.Tune("stdlib", adapter, "cpu", "adamw", rounds, rate, seed, way)
+            curve = [[i, int(1e6 * i * share), 3 - fall * i - seed / 100] for i in (2, 4, 6)]
+            loss = curve[-1][2] + abs(rate - 1e-3)
+            row = {"loss": loss, "diverged": False, "bytes": int(6e6 * share), "curve": curve,
+                   "parameters": 7, "examples": [4, 1], "hardware": "", "versions": {}}  # fmt: skip
+            if seed < 100 or way == "plain":
+                results.add(cell, row)
+    said = tables.section(results, "cpu", "stdlib")
+    lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in said.splitlines()}
+    assert lines["LoRA"][-2:] == ["6.0", "3 of 3 |"]
+    assert lines["FedPara"][-2:] == ["3.0", "3 of 3 |"]
+    # 0.12 below the start is between the losses after rounds 4 and 6: 0.12 / 0.025 rounds.
+    assert lines["FedPara, int8"][-2:] == ["1.2", "3 of 3 |"]
+    assert (tmp_path / "finetune-cpu-stdlib.png").stat().st_size > 10_000
+    assert tables.sent_until([(2, 5, 0.4)], 0.3) is None
+    assert tables.sent_until([(2, 5, 0.4)], 0.4) == 5
 
 
 def test_starts_of_the_benchmarks_own_go_as_far_in_the_first_step(tiny, paper):

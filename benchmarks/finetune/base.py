@@ -73,7 +73,9 @@ def load(source: str, text: str, scale: Scale) -> tuple[LlamaForCausalLM, Any]:
 @functools.lru_cache(maxsize=1)
 def _model(file: Path) -> LlamaForCausalLM:
     found = torch.load(file, mmap=True)  # processes share what they read
-    model = LlamaForCausalLM(LlamaConfig(**found["config"]))
+    # A CPU's fused attention in bf16 makes a step of 512 tokens a fifth longer.
+    how = "sdpa" if PartialState().device.type == "cuda" else "eager"
+    model = LlamaForCausalLM(LlamaConfig(**found["config"], attn_implementation=how))
     model.load_state_dict(found["state"])
     return model.to(PartialState().device).eval().requires_grad_(False)
 

@@ -45,7 +45,7 @@ class Scale:
 
 SCALES = {
     "gpu": Scale(20, 4, 10, 5, 2, 16, 128, 64, 4, "bf16"),
-    "cpu": Scale(20, 2, 4, 2, 1, 4, 64, 16, 4, "no", ("q_proj", "v_proj")),
+    "cpu": Scale(20, 4, 6, 4, 1, 8, 64, 24, 4, "bf16"),
     "toy": Scale(2, 1, 3, 2, 1, 4, 32, 8, 2, "no"),
 }
 #: Rates that tuning begins with; LoRA's usual ones are among AdamW's.
@@ -72,11 +72,11 @@ ADAPTERS: dict[str, Any] = {
 }
 #: Ways to federate an adapter, beside the plain one, each with the adapters it is tried with.
 WAYS: dict[str, tuple[str, ...]] = {
+    "exact average": ("FedPara",),
+    "ranks r/2, r, 2r": ("FedPara",),
     "int8": ("LoRA", "FedPara"),
     "int4": ("LoRA", "FedPara"),
     "one block": ("FedPara",),
-    "exact average": ("FedPara",),
-    "ranks r/2, r, 2r": ("FedPara",),
 }
 #: Those that are trained by plain SGD as well.
 WITH_SGD = ("LoRA", "FedPara", "LoHa", EQUAL)
@@ -156,8 +156,8 @@ class Tune:
         return True
 
     def tuning(self, rates: Sequence[float]) -> list[Tune]:
-        """Runs of another seed."""
-        base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds)
+        """Runs of another seed; an adapter's rate is tuned once, for the plain way."""
+        base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds, way="plain")
         return [replace(base, learning_rate=rate) for rate in rates]
 
     def key(self) -> str:
@@ -170,10 +170,11 @@ class Tune:
 
 
 def wanted(scale: str, texts: Sequence[str], adapters: Sequence[str]) -> list[Tune]:
-    """The runs of the tables, the most telling first: as long as those that tuned, then longer."""
+    """The runs of the tables, the most telling first; on a GPU, as long as those that tuned too."""
+    lengths = (SCALES[scale].tuning_rounds, None) if scale == "gpu" else (None,)
     return [
         Tune(text, adapter, scale, optim, rounds, seed=seed)
-        for rounds in (SCALES[scale].tuning_rounds, None)
+        for rounds in lengths
         for optim in GRIDS
         for text in texts
         for adapter in adapters

@@ -10,6 +10,7 @@ from pool import Results
 from report import table
 
 from .cells import ADAPTERS, GRIDS, RESULTS, SEEDS, TEXTS, WAYS, WITH_SGD, Tune
+from .pictures import loss_for_bytes
 
 ABOUT = {
     "stdlib": "Python's standard library, a package or module for each client",
@@ -43,8 +44,8 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         Tune(text, adapter, scale, optim)
         for optim in GRIDS
         for adapter in ADAPTERS
-        if optim == "adamw" or adapter in WITH_SGD
-    ] + [Tune(text, adapter, scale, way=way) for way, tried in WAYS.items() for adapter in tried]
+        if optim == "adamw" or (adapter in WITH_SGD and scale == "gpu")
+    ]
     of = kinds[0].of
     trained = [kind for kind in kinds if kind.adapter != "frozen"]
     lengths = {
@@ -89,7 +90,68 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
     head = ["adapter", "parameters", "MB a round", *by_length, "rate"]
     not_run = f"Not run: {'; '.join(absent)}." if absent else ""
     parts = [f"## {text}: {ABOUT[text]}", setting, table(head, lines), not_run]
-    return "\n\n".join(part for part in [*parts, tuning(results, kinds)] if part)
+    parts += [ways(results, scale, text), tuning(results, kinds)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def ways(results: Results[Tune], scale: str, text: str) -> str:
+    """How an adapter is federated, beside the plain way, and a picture; empty without any."""
+    kinds = [Tune(text, adapter, scale) for adapter in ("LoRA", "FedPara")]
+    kinds += [Tune(text, adapter, scale, way=way) for way, of in WAYS.items() for adapter in of]
+    runs = {kind: rows for kind in kinds if (rows := found(results, kind))}
+    goals = [row["loss"] for row in runs.get(kinds[0], [])]
+    if len(goals) < len(SEEDS) or len(runs) <= 2:
+        return ""
+    lines = []
+    for kind, rows in runs.items():
+        a_round = statistics.mean(row["bytes"] / row["curve"][-1][0] for row in rows)
+        reached = [sent_until(row["curve"], goal) for row, goal in zip(rows, goals, strict=False)]
+        there = [sent for sent in reached if sent is not None]
+        lines.append([
+            kind.label.removesuffix(f", {kind.optim}"), f"{a_round / 1e6:,.2f}", losses(rows),
+            ", ".join(map(shown, rows)),
+            f"{statistics.mean(there) / 1e6:,.1f}" if there else "",
+            f"{len(there)} of {len(rows)}",
+        ])  # fmt: skip
+    head = ["adapter, way", "MB a round", f"loss, {kinds[0].of.num_rounds} rounds", "every seed's",
+            "MB to LoRA's loss", "seeds that reach it"]  # fmt: skip
+    file = RESULTS.parent / f"finetune-{kinds[0].file}.png"
+    curves = {(kind.adapter, kind.way): mean_curve(rows) for kind, rows in runs.items()}
+    loss_for_bytes(curves, file, f"SmolLM2-135M over {kinds[0].of.num_clients} clients")
+    return (
+        "How an adapter is federated; each has the rate that was tuned for the plain way. MB count "
+        "both directions. «MB to LoRA's loss»: until the held-out loss is that of the plain "
+        "LoRA's last round with the same seed, linear between evaluated rounds, mean of the seeds "
+        f"that reach it.\n\n{table(head, lines)}\n\n![held-out loss against rounds and "
+        f"megabytes]({file.name})"
+    )
+
+
+def sent_until(curve: list[tuple[int, int, float]], goal: float) -> float | None:
+    """Bytes sent until a loss was reached, linear between evaluated rounds; None if it never was.
+
+    Args:
+        curve: round, bytes until then and loss of every evaluated round.
+        goal: the loss.
+    """
+    before: tuple[float, float] | None = None
+    for _, sent, loss in curve:
+        if loss <= goal:
+            if before is None:
+                return float(sent)
+            share = (before[1] - goal) / (before[1] - loss)
+            return before[0] + share * (sent - before[0])
+        before = sent, loss
+    return None
+
+
+def mean_curve(rows: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
+    """Round, megabytes and loss, each a mean of the seeds."""
+    points = zip(*(row["curve"] for row in rows), strict=True)
+    return [
+        (at[0][0], *(statistics.mean(p[i] for p in at) / (1e6, 1)[i - 1] for i in (1, 2)))
+        for at in points
+    ]
 
 
 def tuning(results: Results[Tune], kinds: list[Tune]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import get_peft_model
 from report import environment
 from torch import Tensor, nn
@@ -36,8 +35,7 @@ def work(cell: Tune, folder: Path, source: str) -> dict[str, Any]:
     model, (clients, held_out) = load(source, cell.text, cell.of)
     of = cell.of
     rounds = of.num_rounds if cell.rounds is None else cell.rounds
-    every = max(1, rounds // 5)
-    on_gpu = PartialState().device.type == "cuda"
+    every = max(1, math.ceil(rounds / 5))
     assert cell.learning_rate is not None
     args = FederatedArguments(
         str(folder), num_rounds=0 if cell.adapter == "frozen" else rounds,
@@ -45,8 +43,8 @@ def work(cell: Tune, folder: Path, source: str) -> dict[str, Any]:
         num_local_epochs=of.num_local_epochs, per_client_batch_size=of.batch_size,
         learning_rate=cell.learning_rate, optim=cell.optim, max_grad_norm=1.0,
         lr_scheduler_type="linear", warmup_rounds=1,
-        mixed_precision=of.mixed_precision if on_gpu else "no", seed=cell.seed,
-        eval_every=every, save_every=every, save_total_limit=1, eval_batch_size=of.batch_size,
+        mixed_precision=of.mixed_precision, seed=cell.seed,
+        eval_every=every, save_every=every, save_total_limit=1, eval_batch_size=2 * of.batch_size,
         disable_tqdm=True, **cell.arguments,
     )  # fmt: skip
     trainer = FederatedTrainer(
