@@ -1,6 +1,5 @@
 """Runs with secure aggregation: the plain quantized run, bit for bit, and nothing in the clear."""
 
-import dataclasses
 import logging
 
 import numpy as np
@@ -31,8 +30,9 @@ from fedpara_peft import (
 from fedpara_peft.comm.schema import schema_of
 from fedpara_peft.comm.secure.agreement import Summed
 from fedpara_peft.comm.secure.messages import HEADER_BYTES, Kind
+from fedpara_peft.federation.secure import round as protocol
 from fedpara_peft.federation.secure import simulation as glue
-from fedpara_peft.federation.secure.fit import require_plain, require_possible
+from fedpara_peft.federation.secure.fit import require_possible
 
 SECURE = {"secure_aggregation": True, "secure_clip": 0.25}
 
@@ -76,7 +76,7 @@ class InTheClear:
 
 def in_the_clear(monkeypatch):
     monkeypatch.setattr(glue, "SecureClient", InTheClear)
-    monkeypatch.setattr(glue, "SecureServer", InTheClear)
+    monkeypatch.setattr(protocol, "SecureServer", InTheClear)
 
 
 def outcome(run):
@@ -345,9 +345,3 @@ def test_arguments_that_would_do_nothing_are_refused(tmp_path):
         with pytest.raises(ArgumentsError, match=next(iter(changes))):
             arguments(tmp_path, **SECURE, **changes)
     assert arguments(tmp_path, secure_aggregation=True, clip_update_norm=1.0).secure_clip is None
-
-
-def test_flower_has_no_way_for_it(tmp_path):
-    with pytest.raises(ArgumentsError, match="no way through Flower yet"):
-        require_plain(arguments(tmp_path, **SECURE), "Flower")
-    require_plain(dataclasses.replace(arguments(tmp_path)), "Flower")

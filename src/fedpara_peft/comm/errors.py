@@ -21,6 +21,7 @@ Refusal = Literal[
     "not_sampled",
     "diverged",
     "failed",
+    "unsummed",
 ]
 
 

@@ -39,6 +39,8 @@ def checked(
     """
     require_finite(update)
     clip = args.clip_update_norm if clip_norm is None else clip_norm
+    if args.noise_mode == "local":  # it was clipped before its noise, which is not clipped
+        clip = None
     bounded = functools.partial(_bounded, most=args.max_update_norm, clip=clip)
     used = bounded("update", update.update)
     return dataclasses.replace(

@@ -84,12 +84,17 @@ class RoundServer:
         directions: tuple[Direction, ...] = ("downlink", "uplink")
         for direction in directions:  # made here, so that what cannot travel shows now
             layout = channel.layout(direction, start)
-            unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
+            if direction == "uplink" or args.noise_mode == "central":
+                # Else what comes down is made of what is protected already.
+                unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
         self._adaptive = AdaptiveClip.of(args, self._cohort_size)
         if args.dp_noise_multiplier:
             self._privacy = GaussianMechanism(
                 args, len(num_examples), self._cohort_size, sorted(unprotected)
             )
+        central = args.noise_mode == "central"
+        self._noise = self._privacy if central else None
+        self._tells_loss = central or self._privacy is None
 
     def open(self, server: ServerState, *, encode: bool = False) -> OpenRound:
         """Sample a cohort and make what it receives.
@@ -209,12 +214,12 @@ class RoundServer:
         """
         updates = opened.updates
         quorum = self._args.quorum
-        if quorum is None and self._privacy is not None:
+        if quorum is None and self._noise is not None:
             quorum = 0.0  # with noise it must not show that everybody was refused
         require_quorum(updates.count, updates.refused, len(opened.ended), quorum)
         mean = updates.mean(len(self._num_examples))
         stepped = opened.part
-        if updates.count or self._privacy is not None:  # that nobody came must not show
+        if updates.count or self._noise is not None:  # that nobody came must not show
             stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
             stepped = opened.ranks.with_resting(stepped, opened.part, updates.levels)
         params = {**stepped.params, **updates.buffers()}
@@ -256,7 +261,7 @@ class RoundServer:
             cohort=tuple(names[client] for client in opened.ended),
             dropped=tuple(names[client] for client in sorted(dropped)),
             refused=tuple((names[r.client], r.reason) for r in updates.refused),
-            train_loss=updates.train_loss,
+            train_loss=updates.train_loss if self._tells_loss else None,
             metrics={},
             uplink_bytes=ledger.total_bytes(number, "uplink"),
             downlink_bytes=ledger.total_bytes(number, "downlink"),
@@ -276,14 +281,14 @@ class RoundServer:
         return None if self._privacy is None else self._privacy.epsilon(rounds)
 
     def _noisy(self, mean: CohortMean, opened: OpenRound) -> CohortMean:
-        if self._privacy is None:
+        if self._noise is None:
             return mean
         seed = opened.server.noise_seed
         assert seed is not None
-        noisy = self._privacy.add_noise(
+        noisy = self._noise.add_noise(
             mean.update, opened.updates.count, seed, opened.number, opened.server.clip_norm
         )
-        return dataclasses.replace(mean, update=noisy, share=self._privacy.share)
+        return dataclasses.replace(mean, update=noisy, share=self._noise.share)
 
 
 def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
@@ -296,6 +301,8 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     obstacle = strategy.obstacle(args)
     if args.dp_noise_multiplier and strategy.sees_updates:
         obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"
+        if args.dp_mode == "local":
+            obstacle = "dp_mode='local': it asks how many steps a client made, which has no noise"
     if args.jacobian_correction and has_own_loss(strategy):
         obstacle = "jacobian_correction: its local loss may ask for the model at several weights"
     if obstacle:

@@ -70,6 +70,17 @@ def count(value: Any) -> int:
     return value
 
 
+def as_bytes(value: Any) -> bytes:
+    """Bytes, as they came over the wire.
+
+    Raises:
+        TypeError: they are none.
+    """
+    if not isinstance(value, bytes):
+        raise TypeError("the payload is not bytes")
+    return value
+
+
 def steps(values: Any) -> tuple[float, ...]:
     """Count, learning rate and weight of a client's steps, as far as they may be used.
 

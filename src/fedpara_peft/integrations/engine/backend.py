@@ -75,7 +75,7 @@ class OnNodes:
         self._used = used_last(history)
         self._needed = (*saved, server.round)
 
-    def _job(self, opened: OpenRound, client: int) -> Job:
+    def job(self, opened: OpenRound, client: int) -> Job:
         """What a client is asked to do."""
         payload = opened.sent_to(client).payload
         data, kept = payload.data if payload else b"", self._used.get(client, 0)
@@ -85,8 +85,10 @@ class OnNodes:
         """Versions of a client's state to which the server may return."""
         return self._needed
 
-    def _tell_of_silent(self, opened: OpenRound, came: Collection[int]) -> None:
-        silent = [client for client in opened.reporting if client not in came]
+    def _tell_of_silent(
+        self, opened: OpenRound, asked: Collection[int], came: Collection[int]
+    ) -> None:
+        silent = [client for client in asked if client not in came]
         if silent:
             self._logger.warning(
                 "round %d goes on without clients %s (deadline %g s)",

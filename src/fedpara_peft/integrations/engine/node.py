@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ...comm.errors import PayloadError
+from ...comm.errors import PayloadError, SecureAggregationError
+from ...comm.schema import Schema, schema_of
+from ...comm.secure.messages import Kind
 from ...federation.arguments import FederatedArguments
 from ...federation.client.local import LocalTrainer, Trained
 from ...federation.client.turn import Turns
@@ -24,13 +27,17 @@ from ...federation.data.loss import DefaultLoss, LossFunction
 from ...federation.errors import ClientDataError, RoundError, about
 from ...federation.folder.checkpoint import must_agree
 from ...federation.folder.store import DiskStore
-from ...federation.secure.fit import require_plain
+from ...federation.secure.fit import require_possible
+from ...federation.secure.seal import names_of
 from ...federation.server.admission import usable_state
 from ...federation.server.channel import Channel
+from ...federation.server.privacy import require_protected
 from ...federation.server.ranks import GivenRanks, ranks_of
+from ...federation.server.round import require_fit
 from ...federation.server.schedule import factor_blocks, resting_factors
 from ...federation.state import Broadcast, ClientState, ServerState
 from ...federation.strategies import Strategy, as_strategy
+from .sums import NodeSums
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,11 @@ class Job:
         kept: the version of the client's state that goes with the server's: the last round in which
             its update was used. What the client learnt after it is forgotten.
         needed: rounds to which the server may return.
-        payload: the broadcast.
+        payload: the broadcast; empty where no training is asked for.
+        wants: with secure aggregation the message that is asked for, as
+            :class:`~fedpara_peft.comm.secure.messages.Kind` has it; empty: an update in the clear.
+        cohort: the round's clients, with the first such message.
+        message: what the client is told for it.
     """
 
     run: str
@@ -87,6 +98,9 @@ class Job:
     kept: int
     needed: tuple[int, ...]
     payload: bytes
+    wants: str = ""
+    cohort: tuple[int, ...] = ()
+    message: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ class Answer:
         round: rounds completed before it.
         num_examples: its examples.
         train_loss: mean loss over its local steps.
-        payload: its update; empty if there is none.
+        payload: its update, or the message that was asked for; empty if there is none.
         steps: how it trained, where the strategy asks for it: the fields of
             :class:`~fedpara_peft.federation.state.LocalSteps`, without a weight that is not known.
         reason: why there is none.
@@ -128,7 +142,9 @@ class Introduction:
 
 def node_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of what a run was given, what a node must have in common with the server."""
-    shaping = {n: v for n, v in must_agree(facts).items() if n not in _SERVERS}
+    # Where nodes add the noise, they must know how much.
+    servers = _SERVERS - ({"dp_noise_multiplier"} if facts["dp_mode"] != "central" else set())
+    shaping = {n: v for n, v in must_agree(facts).items() if n not in servers}
     return json.loads(json.dumps(shaping))
 
 
@@ -140,7 +156,6 @@ class Node:
     """
 
     def __init__(self, setup: NodeSetup) -> None:
-        require_plain(setup.args, "nodes")
         self._setup = setup
         args, strategy = setup.args, as_strategy(setup.strategy)
         accelerator = Accelerator()
@@ -152,7 +167,19 @@ class Node:
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
         self._products = factor_blocks(model, args.factor_schedule)
         self._data: dict[int, Any] = {}
-        self._turns = Turns(args, self._channel, strategy, range(2**31))
+        self._sums: NodeSums | None = None
+        if args.secure_aggregation:
+            shared, buffers = schema_of(self._local.shared), sorted(self._local.buffers)
+            ranked = setup.client_ranks is not None
+            require_possible(args, strategy, None, shared, buffers, ranks=ranked)
+            folder_of = functools.partial(client_folder, setup.state_dir)
+            self._sums = NodeSums(args, strategy, folder_of, self._schema)
+        if args.noise_mode == "local":
+            require_fit(strategy, args)
+            uplink = self._channel.layout("uplink", self._local.first_server())
+            require_protected(sorted({*self._local.buffers, *uplink.groups}))
+        sealer = self._sums.sealer if self._sums else None
+        self._turns = Turns(args, self._channel, strategy, range(2**31), sealer)
         everything = {**self._local.shared, **self._local.local}
         self._facts = node_facts({
             **settings_facts(args, strategy),
@@ -169,6 +196,30 @@ class Node:
 
         What the server would refuse changes nothing of what the client keeps.
         """
+        if self._sums is None and not job.wants:
+            return self._trained(client, job)
+        try:
+            return self._secure(client, job)
+        except (PayloadError, SecureAggregationError) as error:
+            logger.warning("round %d, client %d: %s", job.round + 1, client, error)
+            reason = error.reason if isinstance(error, PayloadError) else "failed"
+            return Answer(job.round, reason=reason, message=str(error))
+
+    def _secure(self, client: int, job: Job) -> Answer:
+        """A message of a round whose updates the server sees the sum of."""
+        sums = self._sums
+        if sums is None or not job.wants:
+            raise PayloadError(
+                "malformed",
+                f"{job.wants or 'an update in the clear'} is asked for, but this node has "
+                f"secure_aggregation={sums is not None}: give both ends the same arguments",
+            )
+        if job.wants != Kind.MASKED.name:
+            return Answer(job.round, payload=sums.answer(client, job))
+        with sums.masking(client, job):
+            return self._trained(client, job)
+
+    def _trained(self, client: int, job: Job) -> Answer:
         store = self._store(client, job)
         try:
             return self._turn(client, job, store)
@@ -191,7 +242,10 @@ class Node:
             with local.at_work(resting):
                 return local.train(client, data, job.round, broadcast, state, resting)
 
-        outcome = self._turns.take(client, job.round, train, store, encode=True)
+        outcome = self._turns.take(
+            client, job.round, train, store, encode=not job.wants,
+            noise_seed=self._setup.args.dp_noise_seed,
+        )  # fmt: skip
         if outcome.refused is not None:
             logger.warning(
                 "round %d, client %d: %s", job.round + 1, client, outcome.refused.message
@@ -200,10 +254,19 @@ class Node:
             assert outcome.refused is not None
             reason, message = outcome.refused.reason, outcome.refused.message
             return Answer(job.round, reason=reason, message=message)
+        if job.wants:  # and nothing beside it: the sum has the loss, too
+            return Answer(job.round, payload=outcome.payload)
         # Also what the server will refuse is sent, to be counted.
         sent = outcome.sent
         steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
         return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
+
+    def _schema(self, round: int) -> Schema:
+        """Of a round's updates, in the order in which they are summed."""
+        shared, resting = self._local.shared, resting_factors(self._products, round)
+        server = ServerState(round, shared, buffers=self._local.buffers)
+        sent = self._channel.layout("uplink", server, frozenset(resting)).params
+        return schema_of({name: shared[name] for name in names_of(list(sent))})
 
     def _received(self, client: int, job: Job, resting: frozenset[str]) -> Broadcast:
         """The broadcast, checked against this node's own model."""

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ...comm.schema import schema_of
 from ...federation.arguments import FederatedArguments
-from ...federation.backend import Backend
 from ...federation.client.evaluation import Evaluator, Metrics
 from ...federation.client.local import LocalTrainer
 from ...federation.crew import Crew
@@ -26,17 +26,18 @@ from ...federation.observers.callbacks import FederatedCallback
 from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
-from ...federation.secure.fit import require_plain
+from ...federation.secure.fit import require_possible
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
 from ...federation.server.schedule import factor_blocks
 from ...federation.strategies import Strategy, as_strategy
 from .node import node_facts
+from .secure import Messenger, SecureNodes
 
 #: Makes the clients of a run from what decodes their payloads, the list of their numbers of
 #: examples (to be filled in), and what every node must have been given, by name.
-BackendOf = Callable[[RoundServer, list[int], Mapping[str, Any]], Backend]
+BackendOf = Callable[[RoundServer, list[int], Mapping[str, Any]], Messenger]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ class FederationServer:
                 "exact_average is for simulations: nodes do not follow the remainders yet; use "
                 "factor_schedule='one_block', whose average is exact"
             )
-        require_plain(setup.args, "nodes")
+        if setup.args.unmask_drop_out_probability:
+            raise ArgumentsError(
+                "unmask_drop_out_probability is of a simulation: nodes drop out by themselves"
+            )
         if setup.args.clip_target_quantile is not None:
             raise ArgumentsError(
                 "clip_target_quantile has no way to nodes yet, which clip as the server does: use "
@@ -110,7 +114,8 @@ class FederationServer:
         self._trackers = Trackers(accelerator, args)
         self._model = setup.model_fn().to(accelerator.device)
         loss, collator = setup.compute_loss or DefaultLoss(args.label_column), setup.data_collator
-        self._local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
+        local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
+        self._local = local
         self._evaluator = Evaluator(
             accelerator, Precision.of(args.mixed_precision, accelerator), args.eval_batch_size,
             loss, setup.compute_metrics, collator, args.label_column, args.seed,
@@ -119,6 +124,11 @@ class FederationServer:
         clients = range(setup.num_clients)
         self._ranks = ranks_of(self._model, args, self._strategy, setup.client_ranks, clients)
         self._rank_facts = self._ranks.facts(clients)
+        if args.secure_aggregation:
+            require_possible(
+                args, self._strategy, args.cohort_size(len(clients)), schema_of(local.shared),
+                sorted(local.buffers), ranks=setup.client_ranks is not None,
+            )  # fmt: skip
 
     def run(self, clients: BackendOf, logger: logging.Logger) -> History:
         """Run all rounds with the clients of an engine.
@@ -147,7 +157,8 @@ class FederationServer:
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         facts |= self._rank_facts  # of which a node knows its own client's
-        backend = clients(rounds, num_examples, expected)
+        nodes = clients(rounds, num_examples, expected)
+        backend = SecureNodes(args, strategy, nodes) if args.secure_aggregation else nodes
         run = Run(
             args, strategy, backend, rounds, local, Crew(self._accelerator), self._trackers,
             setup.callbacks, None if self._eval_data is None else self._evaluate, facts, logger,

@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import count, malformed, steps
+from ..engine.answers import as_bytes, count, malformed, steps
 from ..engine.node import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
@@ -22,7 +22,11 @@ _STYPE = "safetensors"
 def job_record(job: Job) -> RecordDict:
     """A job as records."""
     facts = asdict(job) | {"needed": list(job.needed)}
-    return _with_payload(facts.pop("payload"), {"job": ConfigRecord(facts)})
+    secure = {name: facts.pop(name) for name in ("wants", "cohort", "message")}
+    records = {}
+    if job.wants:
+        records["secure"] = ConfigRecord(secure | {"cohort": list(job.cohort)})
+    return _with_payload(facts.pop("payload"), {"job": ConfigRecord(facts), **records})
 
 
 def read_job(content: RecordDict) -> Job:
@@ -33,12 +37,16 @@ def read_job(content: RecordDict) -> Job:
     """
     try:
         facts = content["job"]
+        secure = content.get("secure", {})
         return Job(
             run=str(facts["run"]),
             round=count(facts["round"]),
             kept=count(facts["kept"]),
             needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
+            wants=str(secure.get("wants", "")),
+            cohort=tuple(map(count, secure.get("cohort", []))),
+            message=as_bytes(secure.get("message", b"")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
@@ -107,7 +115,4 @@ def _with_payload(payload: bytes, records: dict[str, Any]) -> RecordDict:
 
 
 def _payload(content: RecordDict) -> bytes:
-    data = content["payload"]["data"].data
-    if not isinstance(data, bytes):
-        raise TypeError("the payload is not bytes")
-    return data
+    return as_bytes(content["payload"]["data"].data)

@@ -12,7 +12,7 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import count, malformed, steps
+from ..engine.answers import as_bytes, count, malformed, steps
 from ..engine.node import Answer, Introduction, Job
 
 #: Names of the tasks.
@@ -21,7 +21,7 @@ INTRODUCE, TRAIN = "fedpara_introduce", "fedpara_train"
 
 def job_message(job: Job) -> Shareable:
     """A job as a message."""
-    return Shareable(asdict(job) | {"needed": list(job.needed)})
+    return Shareable(asdict(job) | {"needed": list(job.needed), "cohort": list(job.cohort)})
 
 
 def read_job(message: Mapping[str, Any]) -> Job:
@@ -36,7 +36,10 @@ def read_job(message: Mapping[str, Any]) -> Job:
             round=count(message["round"]),
             kept=count(message["kept"]),
             needed=tuple(map(count, message["needed"])),
-            payload=_payload(message),
+            payload=as_bytes(message["payload"]),
+            wants=str(message["wants"]),
+            cohort=tuple(map(count, message["cohort"])),
+            message=as_bytes(message["message"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
@@ -58,7 +61,7 @@ def read_answer(message: Mapping[str, Any]) -> Answer:
             round=count(message["round"]),
             num_examples=count(message["num_examples"]),
             train_loss=float(message["train_loss"]),
-            payload=_payload(message),
+            payload=as_bytes(message["payload"]),
             steps=steps(message["steps"]),
             reason=str(message["reason"]),
             message=str(message["message"]),
@@ -89,10 +92,3 @@ def read_introduction(message: Mapping[str, Any]) -> Introduction:
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("introduction", error) from None
-
-
-def _payload(message: Mapping[str, Any]) -> bytes:
-    data = message["payload"]
-    if not isinstance(data, bytes):
-        raise TypeError("the payload is not bytes")
-    return data
