@@ -169,7 +169,9 @@ def test_what_follows_the_noise_is_free(tmp_path, more):
 
 def test_rounds_that_do_not_wait_have_it_too(tmp_path):
     data = partition(toy(), "iid", 5)
-    args = arguments(tmp_path, **LOCAL, num_rounds=3, buffer_size=2, concurrency=4)
+    args = arguments(
+        tmp_path, **LOCAL, num_rounds=3, buffer_size=2, concurrency=4, clients_per_round=None
+    )
     run = FederatedTrainer(torch.nn.Linear(16, 4), args, data, client_seconds=[1, 2, 3, 4, 5])
     history = run.train()
     assert len(history) == 3
@@ -220,7 +222,12 @@ def test_the_sums_noise_has_the_variance_of_the_clients_that_came(tmp_path, monk
     torch.manual_seed(0)
     model = torch.nn.Linear(16, 4)
     steps = Steps(model)
-    more = {"learning_rate": 1e-9, "num_rounds": 25, "secure_drop_outs": 0.2}
+    more = {
+        "learning_rate": 1e-9,
+        "num_rounds": 25,
+        "secure_drop_outs": 0.2,
+        "clients_per_round": 5,
+    }
     run = trainer(tmp_path, callbacks=[steps], model=model, **SHARED, **more)
     run.train()
     came, threshold = 5 - dropped, 4

@@ -38,8 +38,8 @@ from tests.integrations import flower_task
 from tests.integrations import secure_task as task
 from tests.integrations.test_flower import LocalGrid, payload_of, with_payload
 
-from fedpara_peft.integrations.engine.node import Job
-from fedpara_peft.integrations.flower import client_app, server_app
+from fedpara_peft.integrations.engine.node import Answer, Job, NodeSetup
+from fedpara_peft.integrations.flower import client_app, server_app, worker
 from fedpara_peft.integrations.flower.messages import job_record, read_answer
 
 
@@ -415,13 +415,30 @@ def test_a_client_outside_the_cohort_and_small_thresholds_are_refused(tmp_path):
         assert said in found.message
 
 
-def test_a_worker_serves_secure_rounds_too(tmp_path):
-    args = task.arguments(tmp_path / "server", save_every=1)
-    apps = [client_app(task.model_fn, task.data_fn, args)] * task.CLIENTS
-    apps[0] = client_app(task.model_fn, task.data_fn, args, worker=True, worker_idle_s=3.0)
-    run(tmp_path, apps=apps, deadline_s=60.0, save_every=1)
-    simulate(tmp_path)
-    assert_same_state(tmp_path)
+def test_a_worker_gets_the_jobs_that_its_node_got(tmp_path, monkeypatch):
+    """As JSON through a socket: the round's messages to the byte."""
+    setup = NodeSetup(task.model_fn, task.data_fn, task.arguments(tmp_path), str(tmp_path))
+    job = Job("0" * 16, 3, 2, (1, 2), b"\0\xff", "SHARES", (0, 4, 7), bytes(range(256)))
+    got, sent = [], []
+
+    class Wire:
+        def __init__(self, *parts):
+            self.recv_bytes = iter(parts).__next__
+            self.send_bytes = sent.append
+
+    class Listening:
+        def train(self, client, job):
+            got.append((client, job))
+            return Answer(3, payload=b"masked")
+
+    def ask(self, client, request, payload):
+        worker._serve(Listening(), Wire(json.dumps(request | {"client": client}).encode(), payload))
+        return json.loads(sent[0]), sent[1]
+
+    monkeypatch.setattr(worker.RemoteNode, "_ask", ask)
+    found = worker.RemoteNode(setup, 1.0).train(5, job)
+    assert got == [(5, job)]
+    assert found.payload == b"masked"
 
 
 def test_what_a_sum_cannot_have_is_refused_on_both_ends(tmp_path, monkeypatch):

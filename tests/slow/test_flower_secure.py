@@ -39,6 +39,13 @@ def simulated(folder, rounds, missing):
     return updates
 
 
+def ended(trial):
+    """The run's history; what its server said, if it has none."""
+    file = trial.server / "history.json"
+    assert file.exists(), trial.log()[-4000:]
+    return History.load(file)
+
+
 def assert_same_bits(trial, folder, missing=()):
     updates = simulated(folder, trial.rounds, dict(missing))
     name = f"checkpoint-{trial.rounds}/server.safetensors"
@@ -53,7 +60,7 @@ def test_real_processes_end_in_the_simulations_sum_and_no_update_crosses(tmp_pat
         trial.start(address=address)
         trial.finish()
         heard = bytes(wire)
-    history = History.load(trial.server / "history.json")
+    history = ended(trial)
     assert [(r.dropped, r.refused) for r in history] == [((), ())] * 2
     updates = assert_same_bits(trial, tmp_path / "simulated")
     shared = load_file(trial.server / "checkpoint-1" / "server.safetensors")
@@ -75,7 +82,7 @@ def test_a_killed_node_is_not_in_the_sum_and_the_run_goes_on(tmp_path):
         trial.wait_for_round(1)
         killed(trial.nodes[2], trial.folder / "node-2")
         trial.finish()
-    history = History.load(trial.server / "history.json")
+    history = ended(trial)
     missing = {r.round: set(r.dropped) for r in history}
     assert len(history) == 3
     assert set().union(*missing.values()) == {2}

@@ -76,6 +76,10 @@ class OnNodes:
         self._needed = (*saved, server.round)
 
     def job(self, opened: OpenRound, client: int) -> Job:
+        """What a client is asked to do in a round in the clear."""
+        return self._job(opened, client)
+
+    def _job(self, opened: OpenRound, client: int) -> Job:
         """What a client is asked to do."""
         payload = opened.sent_to(client).payload
         data, kept = payload.data if payload else b"", self._used.get(client, 0)

@@ -68,7 +68,7 @@ class FlowerBackend(OnNodes):
 
     def send(self, opened: OpenRound) -> Collection[int]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        return self.post(opened, {client: self.job(opened, client) for client in opened.reporting})
+        return self.post(opened, {client: self._job(opened, client) for client in opened.reporting})
 
     def post(self, opened: OpenRound, jobs: Mapping[int, Job]) -> Collection[int]:
         """Send clients their jobs; to whom one went."""
