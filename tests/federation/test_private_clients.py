@@ -34,6 +34,7 @@ from fedpara_peft.federation.random import torch_generator
 from fedpara_peft.federation.secure.fit import agreement_of, fixed_range, noise_std
 from fedpara_peft.federation.server.privacy import GaussianMechanism, clipped, with_own_noise
 from fedpara_peft.federation.state import ClientUpdate
+from fedpara_peft.integrations.report import write_report
 
 LOCAL = {"dp_mode": "local", "dp_noise_multiplier": 0.7, "clip_update_norm": 0.5, "eval_every": 0}
 SHARED = {
@@ -81,6 +82,9 @@ def test_a_run_reports_it_and_no_loss(tmp_path, mode):
     assert all(report.train_loss is None for report in history)  # it has no noise
     facts = training_facts(history, run.args, run.strategy, 5, 2)
     assert facts["ε"].endswith(f"against the server, by {mode['dp_mode']} noise")
+    write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"ε = {history[-1].epsilon:.3g} against the server, by {mode['dp_mode']} noise" in page
 
 
 # All of it to one's own update.
