@@ -34,15 +34,19 @@ class ClientState:
         strategy: what the strategy keeps for it, by name.
         residual: what the uplink's codec has lost so far, with error feedback.
         optimizer: what ``optimizer_state="keep"`` keeps of its optimizer, by torch's names.
+        remainders: the server's, as of the round in which it trained; on a node, which is sent
+            only what has moved them since.
     """
 
     local: State = field(default_factory=dict)
     strategy: Mapping[str, State] = field(default_factory=dict)
     residual: State = field(default_factory=dict)
     optimizer: Mapping[str, State] = field(default_factory=dict)
+    remainders: State = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.local or self.strategy or self.residual or self.optimizer)
+        kept = (self.local, self.strategy, self.residual, self.optimizer, self.remainders)
+        return any(map(bool, kept))
 
 
 @dataclass(frozen=True)

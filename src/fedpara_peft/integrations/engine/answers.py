@@ -70,6 +70,20 @@ def count(value: Any) -> int:
     return value
 
 
+def norm(value: Any) -> float | None:
+    """A clipping norm, as it came over the wire; None: there is none.
+
+    Raises:
+        ValueError: it is no norm.
+    """
+    if value is None:
+        return None
+    found = float(value)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"{value!r:.40} is no clipping norm")
+    return found
+
+
 def steps(values: Any) -> tuple[float, ...]:
     """Count, learning rate and weight of a client's steps, as far as they may be used.
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...comm.errors import PayloadError
+from ...comm.state import State
 from ...federation.arguments import FederatedArguments
 from ...federation.client.local import LocalTrainer, Trained
-from ...federation.client.turn import Turns
+from ...federation.client.turn import Held, Turns, at_rest
 from ...federation.data.batches import Collator, count_rows
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.data.loss import DefaultLoss, LossFunction
@@ -26,10 +27,11 @@ from ...federation.folder.checkpoint import must_agree
 from ...federation.folder.store import DiskStore
 from ...federation.secure.fit import require_plain
 from ...federation.server.admission import usable_state
+from ...federation.server.averaging import ExactAverage
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.schedule import factor_blocks, resting_factors
-from ...federation.state import Broadcast, ClientState, ServerState
+from ...federation.state import Broadcast, ClientState
 from ...federation.strategies import Strategy, as_strategy
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ _SERVERS = {
     "client_fraction", "clients_per_round", "client_sampling", "drop_out_probability",
     "aggregation", "quorum", "dp_noise_multiplier", "dp_noise_seed", "dp_delta", "engine",
     "buffer_size", "concurrency", "max_staleness", "staleness_exponent", "client_seconds_sigma",
+    "clip_learning_rate", "clip_count_std",
 }  # fmt: skip
 _RUN = re.compile(r"[0-9a-f]{16}")
 
@@ -79,7 +82,10 @@ class Job:
         kept: the version of the client's state that goes with the server's: the last round in which
             its update was used. What the client learnt after it is forgotten.
         needed: rounds to which the server may return.
-        payload: the broadcast.
+        payload: the broadcast, and behind it what the client has missed of the remainders.
+        missed: how to read that, with ``exact_average``: the numbers of
+            :class:`~fedpara_peft.federation.server.averaging.exact.CatchUp`.
+        clip_norm: what its update will be clipped to, where that follows the updates' norms.
     """
 
     run: str
@@ -87,6 +93,8 @@ class Job:
     kept: int
     needed: tuple[int, ...]
     payload: bytes
+    missed: tuple[int, ...] = ()
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,8 @@ class Node:
         self._channel = Channel(args, strategy, ranks)
         self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
         self._products = factor_blocks(model, args.factor_schedule)
+        first = self._local.first_server()
+        self._exact = ExactAverage(model, first) if args.exact_average else None
         self._data: dict[int, Any] = {}
         self._turns = Turns(args, self._channel, strategy, range(2**31))
         everything = {**self._local.shared, **self._local.local}
@@ -182,17 +192,22 @@ class Node:
     def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
         resting = frozenset(resting_factors(self._products, job.round))
         local, kept = self._local, store.get(client)
-        broadcast = self._received(client, job, resting)
         state = usable_state(kept, local.local, local.shared, client)
         state = self._channel.ranks.own(state, local.first_local, client)
+        broadcast, remainders = self._received(client, job, resting, state)
         data = self._dataset(client)
 
         def train() -> Trained:
             with local.at_work(resting):
                 return local.train(client, data, job.round, broadcast, state, resting)
 
-        outcome = self._turns.take(client, job.round, train, store, encode=True)
-        if outcome.refused is not None:
+        new = Held()
+        outcome = self._turns.take(client, job.round, train, new, encode=True)
+        if outcome.refused is None:
+            found = new.states.get(client, ClientState())
+            if found := replace(found, remainders=at_rest(remainders)):
+                store.put(client, job.round + 1, found)
+        else:
             logger.warning(
                 "round %d, client %d: %s", job.round + 1, client, outcome.refused.message
             )
@@ -205,17 +220,33 @@ class Node:
         steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
         return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
 
-    def _received(self, client: int, job: Job, resting: frozenset[str]) -> Broadcast:
-        """The broadcast, checked against this node's own model."""
-        shared = self._local.shared
-        server = ServerState(job.round, shared, buffers=self._local.buffers)
+    def _received(
+        self, client: int, job: Job, resting: frozenset[str], state: ClientState | None
+    ) -> tuple[Broadcast, State]:
+        """The broadcast, checked against this node's own model, and the remainders in it."""
+        server = replace(self._local.first_server(), round=job.round)
         ranks = self._channel.ranks
         level = ranks.level(client)
         layout = self._channel.layout("downlink", server, resting, level)
-        found = layout.form.decode(job.payload, job.round) if layout.form.schema else {}
-        params, buffers, extra = layout.parted(found, shared)
-        params = ranks.padded(params, level)
-        return Broadcast({**params, **buffers}, ranks.padded_each(extra, level))
+        remainders: State = {}
+        payload = job.payload
+        if (exact := self._exact) is not None:
+            caught = exact.told(job.missed, job.round)
+            end = len(payload) - len(caught.form.size)
+            own = {} if state is None else state.remainders
+            remainders = exact.followed(caught, payload[end:], job.round, own)
+            payload = payload[:end]
+        found = layout.form.decode(payload, job.round) if layout.form.schema else {}
+        params, buffers, extra = layout.parted(found, server.params)
+        params = {**ranks.padded(params, level), **buffers, **remainders}
+        if (job.clip_norm is None) != (server.clip_norm is None):
+            raise PayloadError(
+                "malformed",
+                f"the clipping norm of round {job.round + 1} is {job.clip_norm}: run one version "
+                "on both ends",
+            )
+        extra = ranks.padded_each(extra, level)
+        return Broadcast(params, extra, job.clip_norm), remainders
 
     def _dataset(self, client: int) -> Any:
         if client not in self._data:

@@ -27,6 +27,7 @@ from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
 from ...federation.secure.fit import require_plain
+from ...federation.server.averaging import ExactAverage
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
@@ -89,17 +90,7 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         if setup.args.metric_for_best_model and not setup.eval_data_fn:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
-        if setup.args.exact_average:
-            raise ArgumentsError(
-                "exact_average is for simulations: nodes do not follow the remainders yet; use "
-                "factor_schedule='one_block', whose average is exact"
-            )
         require_plain(setup.args, "nodes")
-        if setup.args.clip_target_quantile is not None:
-            raise ArgumentsError(
-                "clip_target_quantile has no way to nodes yet, which clip as the server does: use "
-                "a fixed clip_update_norm, or a simulation"
-            )
         if setup.args.client_seconds_sigma:
             raise ArgumentsError(
                 "client_seconds_sigma is of a simulated clock: nodes take their time"
@@ -144,6 +135,7 @@ class FederationServer:
             num_examples,
             local.first_server(),
             factor_blocks(self._model, args.factor_schedule),
+            exact=ExactAverage(self._model, local.first_server()) if args.exact_average else None,
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         facts |= self._rank_facts  # of which a node knows its own client's

@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import count, malformed, steps
+from ..engine.answers import count, malformed, norm, steps
 from ..engine.node import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
@@ -21,8 +21,12 @@ _STYPE = "safetensors"
 
 def job_record(job: Job) -> RecordDict:
     """A job as records."""
-    facts = asdict(job) | {"needed": list(job.needed)}
-    return _with_payload(facts.pop("payload"), {"job": ConfigRecord(facts)})
+    facts = asdict(job) | {"needed": list(job.needed), "missed": list(job.missed)}
+    payload = facts.pop("payload")
+    for name in ("missed", "clip_norm"):  # not of every run; and a record has no None
+        if not facts[name]:
+            del facts[name]
+    return _with_payload(payload, {"job": ConfigRecord(facts)})
 
 
 def read_job(content: RecordDict) -> Job:
@@ -39,6 +43,8 @@ def read_job(content: RecordDict) -> Job:
             kept=count(facts["kept"]),
             needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
+            missed=tuple(map(count, facts.get("missed", []))),
+            clip_norm=norm(facts.get("clip_norm")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None

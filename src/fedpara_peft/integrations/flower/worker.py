@@ -159,9 +159,8 @@ def _serve(node: Node, connection: Connection) -> None:
             found = asdict(node.introduce(client))
         else:
             facts = request["job"]
-            answer = node.train(
-                client, Job(**{**facts, "needed": tuple(facts["needed"])}, payload=payload)
-            )
+            lists = {name: tuple(facts[name]) for name in ("needed", "missed")}
+            answer = node.train(client, Job(**{**facts, **lists}, payload=payload))
             found = asdict(answer)
             data = found.pop("payload")
     except Exception as error:

@@ -19,6 +19,7 @@ from ...federation.server.round import RoundServer
 from ...federation.state import Outcome, ServerState
 from ..engine.answers import check_came, outcome_of, refused
 from ..engine.backend import OnNodes
+from ..engine.node import Answer, Job
 from .messages import INTRODUCE, TRAIN, job_message, read_answer, read_introduction
 from .sites import Heard, Sites
 
@@ -83,25 +84,39 @@ class FlareBackend(OnNodes):
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
         while not self._late.empty():
             self._meet(*self._late.get())
-        self._replies, self._asked = queue.Queue(), {}  # answers to former rounds go nowhere
-        for client in opened.reporting:
-            if client in self._present:
-                message = job_message(self._job(opened, client))
-                self._asked[client] = self._sites.ask(TRAIN, client, message, self._replies.put)
-        self._end = time.monotonic() + self._deadline_s
-        return list(self._asked)
+        jobs = {c: self._job(opened, c) for c in opened.reporting if c in self._present}
+        self._ask(jobs)
+        return list(jobs)
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        heard = dict(self._sites.heard(self._replies, set(self._asked), self._end))
-        for client, take_back in self._asked.items():
-            if client not in heard:
-                take_back()
-        came = {client: message for client, message in heard.items() if message is not None}
+        came = self._came()
+        answers = {client: _answer(message) for client, message in came.items()}
+        if jobs := self._whole_jobs(opened, answers):  # they have a deadline anew
+            self._ask(jobs)
+            self._count_whole(opened, jobs)
+            came |= self._came()
         self._tell_of_silent(opened, came)
         for client in opened.reporting:
             if client in came:
                 yield self._outcome(opened, client, came[client])
+
+    def _ask(self, jobs: Mapping[int, Job]) -> None:
+        """Give sites their jobs, and a deadline."""
+        self._replies = queue.Queue()  # answers to former rounds go nowhere
+        heard = self._replies.put
+        self._asked = {
+            c: self._sites.ask(TRAIN, c, job_message(job), heard) for c, job in jobs.items()
+        }
+        self._end = time.monotonic() + self._deadline_s
+
+    def _came(self) -> dict[int, Shareable]:
+        """What those that were asked answer in time."""
+        heard = dict(self._sites.heard(self._replies, set(self._asked), self._end))
+        for client, take_back in self._asked.items():
+            if client not in heard:
+                take_back()
+        return {client: message for client, message in heard.items() if message is not None}
 
     def _outcome(self, opened: OpenRound, client: int, message: Shareable) -> Outcome:
         try:
@@ -127,3 +142,11 @@ class FlareBackend(OnNodes):
             return
         self._present.add(client)
         self.num_examples[client] = own.num_examples
+
+
+def _answer(message: Shareable) -> Answer | None:
+    """What a site said; None where it cannot be read."""
+    try:
+        return read_answer(message)
+    except PayloadError:
+        return None

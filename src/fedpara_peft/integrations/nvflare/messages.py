@@ -12,7 +12,7 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import count, malformed, steps
+from ..engine.answers import count, malformed, norm, steps
 from ..engine.node import Answer, Introduction, Job
 
 #: Names of the tasks.
@@ -21,7 +21,7 @@ INTRODUCE, TRAIN = "fedpara_introduce", "fedpara_train"
 
 def job_message(job: Job) -> Shareable:
     """A job as a message."""
-    return Shareable(asdict(job) | {"needed": list(job.needed)})
+    return Shareable(asdict(job) | {"needed": list(job.needed), "missed": list(job.missed)})
 
 
 def read_job(message: Mapping[str, Any]) -> Job:
@@ -37,6 +37,8 @@ def read_job(message: Mapping[str, Any]) -> Job:
             kept=count(message["kept"]),
             needed=tuple(map(count, message["needed"])),
             payload=_payload(message),
+            missed=tuple(map(count, message["missed"])),
+            clip_norm=norm(message["clip_norm"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
