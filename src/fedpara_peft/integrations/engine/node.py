@@ -18,6 +18,7 @@ from ...comm.errors import PayloadError
 from ...comm.state import State
 from ...federation.arguments import FederatedArguments
 from ...federation.client.local import LocalTrainer, Trained
+from ...federation.client.trainers.given import LocalTrainerFactory, given_trainer
 from ...federation.client.turn import Held, Turns, at_rest
 from ...federation.data.batches import Collator, count_rows
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
@@ -60,6 +61,8 @@ class NodeSetup:
         data_collator: makes a batch from rows.
         client_ranks: how many columns the node's client trains; see
             :mod:`~fedpara_peft.federation.server.ranks`.
+        local_trainer: what trains the client in place of this package's own steps, the server's
+            own; see :class:`~fedpara_peft.federation.client.trainers.given.GivenTrainer`.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -70,6 +73,7 @@ class NodeSetup:
     compute_loss: LossFunction | None = None
     data_collator: Collator | None = None
     client_ranks: GivenRanks | None = None
+    local_trainer: LocalTrainerFactory | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,10 @@ class Node:
         self._strategy = strategy
         ranks = ranks_of(model, args, strategy, setup.client_ranks, None)
         self._channel = Channel(args, strategy, ranks)
-        self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
+        given = given_trainer(setup.local_trainer, model, args, strategy)
+        self._local = LocalTrainer(
+            model, args, accelerator, strategy, loss, setup.data_collator, given=given
+        )
         self._products = factor_blocks(model, args.factor_schedule)
         first = self._local.first_server()
         self._exact = ExactAverage(model, first) if args.exact_average else None
@@ -166,6 +173,7 @@ class Node:
         everything = {**self._local.shared, **self._local.local}
         self._facts = node_facts({
             **settings_facts(args, strategy),
+            **(given.facts if given else {}),
             **model_facts(everything),
             **base_facts(model, everything),
         })  # fmt: skip

@@ -15,6 +15,7 @@ from ...federation.arguments import FederatedArguments
 from ...federation.backend import Backend
 from ...federation.client.evaluation import Evaluator, Metrics
 from ...federation.client.local import LocalTrainer
+from ...federation.client.trainers.given import LocalTrainerFactory, given_trainer
 from ...federation.crew import Crew
 from ...federation.data.batches import Collator
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
@@ -58,6 +59,8 @@ class ServerSetup:
         resume: continue from the newest checkpoint in ``output_dir``, if there is one.
         client_ranks: how many columns each client trains, as its node has it; see
             :mod:`~fedpara_peft.federation.server.ranks`.
+        local_trainer: what trains the clients on their nodes, as each of these has it; here it
+            trains nobody, and a node that was given another is refused.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -72,6 +75,7 @@ class ServerSetup:
     deadline_s: float = 600.0
     resume: bool = True
     client_ranks: GivenRanks | None = None
+    local_trainer: LocalTrainerFactory | None = None
 
 
 class FederationServer:
@@ -101,7 +105,10 @@ class FederationServer:
         self._trackers = Trackers(accelerator, args)
         self._model = setup.model_fn().to(accelerator.device)
         loss, collator = setup.compute_loss or DefaultLoss(args.label_column), setup.data_collator
-        self._local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
+        self._given = given_trainer(setup.local_trainer, self._model, args, self._strategy)
+        self._local = LocalTrainer(
+            self._model, args, accelerator, self._strategy, loss, collator, given=self._given
+        )
         self._evaluator = Evaluator(
             accelerator, Precision.of(args.mixed_precision, accelerator), args.eval_batch_size,
             loss, setup.compute_metrics, collator, args.label_column, args.seed,
@@ -126,7 +133,8 @@ class FederationServer:
         setup, local = self._setup, self._local
         args, strategy = setup.args, self._strategy
         everything = {**local.shared, **local.local}
-        facts = {**settings_facts(args, strategy), **model_facts(everything)}
+        of_steps = self._given.facts if self._given else {}
+        facts = {**settings_facts(args, strategy), **of_steps, **model_facts(everything)}
         num_examples = [1] * setup.num_clients  # until the nodes have said how many
         rounds = RoundServer(
             args,
