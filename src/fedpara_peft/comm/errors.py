@@ -18,6 +18,7 @@ Refusal = Literal[
     "norm",
     "stale",
     "duplicate",
+    "behind",
     "not_sampled",
     "diverged",
     "failed",

@@ -65,6 +65,21 @@ class Keeps(Protocol):
         """Keep a client's new state."""
 
 
+class Held:
+    """What clients will keep, until it is known whether they do.
+
+    Attributes:
+        states: by client.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[int, ClientState] = {}
+
+    def put(self, client: int, version: int, state: ClientState) -> None:
+        """Hold a client's new state."""
+        self.states[client] = state
+
+
 class Turns:
     """Takes what clients train through the channel and into the store.
 

@@ -106,7 +106,8 @@ _LOCAL, _OPTIMIZER = "local part", "optimizer's "
 def _parts(state: ClientState) -> dict[str, State]:
     groups = {f"kept {group}": kept for group, kept in state.strategy.items()}
     optimizer = {f"{_OPTIMIZER}{part}": kept for part, kept in state.optimizer.items()}
-    return {_LOCAL: state.local, **groups, "residual": state.residual, **optimizer}
+    whole = {"residual": state.residual, "remainders": state.remainders}
+    return {_LOCAL: state.local, **groups, **whole, **optimizer}
 
 
 def _require_finite(parts: Mapping[str, State]) -> None:

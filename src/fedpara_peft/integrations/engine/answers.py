@@ -16,7 +16,7 @@ from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
 from ...federation.state import ClientUpdate, LocalSteps, Outcome, Refused, RoundReport
-from .node import Answer
+from .jobs import Answer
 
 #: Refusals of what came beside an answer.
 _BESIDE = ("duplicate",)
@@ -79,6 +79,20 @@ def as_bytes(value: Any) -> bytes:
     if not isinstance(value, bytes):
         raise TypeError("the payload is not bytes")
     return value
+
+
+def norm(value: Any) -> float | None:
+    """A clipping norm, as it came over the wire; None: there is none.
+
+    Raises:
+        ValueError: it is no norm.
+    """
+    if value is None:
+        return None
+    found = float(value)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"{value!r:.40} is no clipping norm")
+    return found
 
 
 def steps(values: Any) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import nn
 from ...comm.errors import PayloadError, SecureAggregationError
 from ...comm.schema import Schema, schema_of
 from ...comm.secure.messages import Kind
+from ...comm.state import State
 from ...federation.arguments import FederatedArguments
 from ...federation.client.local import LocalTrainer, Trained
-from ...federation.client.turn import Turns
+from ...federation.client.trainers.given import LocalTrainerFactory, given_trainer
+from ...federation.client.turn import Held, Turns, at_rest
 from ...federation.data.batches import Collator, count_rows
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.data.loss import DefaultLoss, LossFunction
@@ -30,13 +32,15 @@ from ...federation.folder.store import DiskStore
 from ...federation.secure.fit import require_possible
 from ...federation.secure.seal import names_of
 from ...federation.server.admission import usable_state
+from ...federation.server.averaging import ExactAverage
 from ...federation.server.channel import Channel
 from ...federation.server.privacy import require_protected
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import require_fit
 from ...federation.server.schedule import factor_blocks, resting_factors
-from ...federation.state import Broadcast, ClientState, ServerState
+from ...federation.state import Broadcast, ClientState
 from ...federation.strategies import Strategy, as_strategy
+from .jobs import Answer, Introduction, Job
 from .sums import NodeSums
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ _SERVERS = {
     "client_fraction", "clients_per_round", "client_sampling", "drop_out_probability",
     "aggregation", "quorum", "dp_noise_multiplier", "dp_noise_seed", "dp_delta", "engine",
     "buffer_size", "concurrency", "max_staleness", "staleness_exponent", "client_seconds_sigma",
+    "clip_learning_rate", "clip_count_std",
 }  # fmt: skip
 _RUN = re.compile(r"[0-9a-f]{16}")
 
@@ -64,6 +69,8 @@ class NodeSetup:
         data_collator: makes a batch from rows.
         client_ranks: how many columns the node's client trains; see
             :mod:`~fedpara_peft.federation.server.ranks`.
+        local_trainer: what trains the client in place of this package's own steps, the server's
+            own; see :class:`~fedpara_peft.federation.client.trainers.given.GivenTrainer`.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -74,70 +81,7 @@ class NodeSetup:
     compute_loss: LossFunction | None = None
     data_collator: Collator | None = None
     client_ranks: GivenRanks | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A round as a client sees it.
-
-    Attributes:
-        run: the run's own name; a client's states of several runs do not mix.
-        round: rounds completed.
-        kept: the version of the client's state that goes with the server's: the last round in which
-            its update was used. What the client learnt after it is forgotten.
-        needed: rounds to which the server may return.
-        payload: the broadcast; empty where no training is asked for.
-        wants: with secure aggregation the message that is asked for, as
-            :class:`~fedpara_peft.comm.secure.messages.Kind` has it; empty: an update in the clear.
-        cohort: the round's clients, with the first such message.
-        message: what the client is told for it.
-    """
-
-    run: str
-    round: int
-    kept: int
-    needed: tuple[int, ...]
-    payload: bytes
-    wants: str = ""
-    cohort: tuple[int, ...] = ()
-    message: bytes = b""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client sends.
-
-    Attributes:
-        round: rounds completed before it.
-        num_examples: its examples.
-        train_loss: mean loss over its local steps.
-        payload: its update, or the message that was asked for; empty if there is none.
-        steps: how it trained, where the strategy asks for it: the fields of
-            :class:`~fedpara_peft.federation.state.LocalSteps`, without a weight that is not known.
-        reason: why there is none.
-        message: what was found, and what helps.
-    """
-
-    round: int
-    num_examples: int = 0
-    train_loss: float = 0.0
-    payload: bytes = b""
-    steps: tuple[float, ...] = ()
-    reason: str = ""
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class Introduction:
-    """What a node says of itself.
-
-    Attributes:
-        num_examples: its client's.
-        facts: what its app was given, by name.
-    """
-
-    num_examples: int
-    facts: Mapping[str, Any]
+    local_trainer: LocalTrainerFactory | None = None
 
 
 def node_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +108,13 @@ class Node:
         self._strategy = strategy
         ranks = ranks_of(model, args, strategy, setup.client_ranks, None)
         self._channel = Channel(args, strategy, ranks)
-        self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
+        given = given_trainer(setup.local_trainer, model, args, strategy)
+        self._local = LocalTrainer(
+            model, args, accelerator, strategy, loss, setup.data_collator, given=given
+        )
         self._products = factor_blocks(model, args.factor_schedule)
+        first = self._local.first_server()
+        self._exact = ExactAverage(model, first) if args.exact_average else None
         self._data: dict[int, Any] = {}
         self._sums: NodeSums | None = None
         if args.secure_aggregation:
@@ -183,6 +132,7 @@ class Node:
         everything = {**self._local.shared, **self._local.local}
         self._facts = node_facts({
             **settings_facts(args, strategy),
+            **(given.facts if given else {}),
             **model_facts(everything),
             **base_facts(model, everything),
         })  # fmt: skip
@@ -233,20 +183,25 @@ class Node:
     def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
         resting = frozenset(resting_factors(self._products, job.round))
         local, kept = self._local, store.get(client)
-        broadcast = self._received(client, job, resting)
         state = usable_state(kept, local.local, local.shared, client)
         state = self._channel.ranks.own(state, local.first_local, client)
+        broadcast, remainders = self._received(client, job, resting, state)
         data = self._dataset(client)
 
         def train() -> Trained:
             with local.at_work(resting):
                 return local.train(client, data, job.round, broadcast, state, resting)
 
+        new = Held()
         outcome = self._turns.take(
-            client, job.round, train, store, encode=not job.wants,
+            client, job.round, train, new, encode=not job.wants,
             noise_seed=self._setup.args.dp_noise_seed,
         )  # fmt: skip
-        if outcome.refused is not None:
+        if outcome.refused is None:
+            found = new.states.get(client, ClientState())
+            if found := replace(found, remainders=at_rest(remainders)):
+                store.put(client, job.round + 1, found)
+        else:
             logger.warning(
                 "round %d, client %d: %s", job.round + 1, client, outcome.refused.message
             )
@@ -264,21 +219,37 @@ class Node:
     def _schema(self, round: int) -> Schema:
         """Of a round's updates, in the order in which they are summed."""
         shared, resting = self._local.shared, resting_factors(self._products, round)
-        server = ServerState(round, shared, buffers=self._local.buffers)
+        server = replace(self._local.first_server(), round=round)
         sent = self._channel.layout("uplink", server, frozenset(resting)).params
         return schema_of({name: shared[name] for name in names_of(list(sent))})
 
-    def _received(self, client: int, job: Job, resting: frozenset[str]) -> Broadcast:
-        """The broadcast, checked against this node's own model."""
-        shared = self._local.shared
-        server = ServerState(job.round, shared, buffers=self._local.buffers)
+    def _received(
+        self, client: int, job: Job, resting: frozenset[str], state: ClientState | None
+    ) -> tuple[Broadcast, State]:
+        """The broadcast, checked against this node's own model, and the remainders in it."""
+        server = replace(self._local.first_server(), round=job.round)
         ranks = self._channel.ranks
         level = ranks.level(client)
         layout = self._channel.layout("downlink", server, resting, level)
-        found = layout.form.decode(job.payload, job.round) if layout.form.schema else {}
-        params, buffers, extra = layout.parted(found, shared)
-        params = ranks.padded(params, level)
-        return Broadcast({**params, **buffers}, ranks.padded_each(extra, level))
+        remainders: State = {}
+        payload = job.payload
+        if (exact := self._exact) is not None:
+            caught = exact.told(job.missed, job.round)
+            end = len(payload) - len(caught.form.size)
+            own = {} if state is None else state.remainders
+            remainders = exact.followed(caught, payload[end:], job.round, own)
+            payload = payload[:end]
+        found = layout.form.decode(payload, job.round) if layout.form.schema else {}
+        params, buffers, extra = layout.parted(found, server.params)
+        params = {**ranks.padded(params, level), **buffers, **remainders}
+        if (job.clip_norm is None) != (server.clip_norm is None):
+            raise PayloadError(
+                "malformed",
+                f"the clipping norm of round {job.round + 1} is {job.clip_norm}: run one version "
+                "on both ends",
+            )
+        extra = ranks.padded_each(extra, level)
+        return Broadcast(params, extra, job.clip_norm), remainders
 
     def _dataset(self, client: int) -> Any:
         if client not in self._data:

@@ -18,7 +18,7 @@ from ...federation.server.opened import OpenRound
 from ...federation.state import Outcome, Refused, RoundReport, ServerState
 from ...federation.strategies import Strategy
 from .answers import refusal, refused
-from .node import Answer, Job
+from .jobs import Answer, Job
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ...comm.schema import schema_of
 from ...federation.arguments import FederatedArguments
 from ...federation.client.evaluation import Evaluator, Metrics
 from ...federation.client.local import LocalTrainer
+from ...federation.client.trainers.given import LocalTrainerFactory, given_trainer
 from ...federation.crew import Crew
 from ...federation.data.batches import Collator
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
@@ -27,6 +28,7 @@ from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
 from ...federation.secure.fit import require_possible
+from ...federation.server.averaging import ExactAverage
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
@@ -58,6 +60,8 @@ class ServerSetup:
         resume: continue from the newest checkpoint in ``output_dir``, if there is one.
         client_ranks: how many columns each client trains, as its node has it; see
             :mod:`~fedpara_peft.federation.server.ranks`.
+        local_trainer: what trains the clients on their nodes, as each of these has it; here it
+            trains nobody, and a node that was given another is refused.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -72,6 +76,7 @@ class ServerSetup:
     deadline_s: float = 600.0
     resume: bool = True
     client_ranks: GivenRanks | None = None
+    local_trainer: LocalTrainerFactory | None = None
 
 
 class FederationServer:
@@ -90,19 +95,9 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         if setup.args.metric_for_best_model and not setup.eval_data_fn:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
-        if setup.args.exact_average:
-            raise ArgumentsError(
-                "exact_average is for simulations: nodes do not follow the remainders yet; use "
-                "factor_schedule='one_block', whose average is exact"
-            )
         if setup.args.unmask_drop_out_probability:
             raise ArgumentsError(
                 "unmask_drop_out_probability is of a simulation: nodes drop out by themselves"
-            )
-        if setup.args.clip_target_quantile is not None:
-            raise ArgumentsError(
-                "clip_target_quantile has no way to nodes yet, which clip as the server does: use "
-                "a fixed clip_update_norm, or a simulation"
             )
         if setup.args.client_seconds_sigma:
             raise ArgumentsError(
@@ -114,8 +109,10 @@ class FederationServer:
         self._trackers = Trackers(accelerator, args)
         self._model = setup.model_fn().to(accelerator.device)
         loss, collator = setup.compute_loss or DefaultLoss(args.label_column), setup.data_collator
-        local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
-        self._local = local
+        self._given = given_trainer(setup.local_trainer, self._model, args, self._strategy)
+        self._local = local = LocalTrainer(
+            self._model, args, accelerator, self._strategy, loss, collator, given=self._given
+        )
         self._evaluator = Evaluator(
             accelerator, Precision.of(args.mixed_precision, accelerator), args.eval_batch_size,
             loss, setup.compute_metrics, collator, args.label_column, args.seed,
@@ -145,7 +142,8 @@ class FederationServer:
         setup, local = self._setup, self._local
         args, strategy = setup.args, self._strategy
         everything = {**local.shared, **local.local}
-        facts = {**settings_facts(args, strategy), **model_facts(everything)}
+        of_steps = self._given.facts if self._given else {}
+        facts = {**settings_facts(args, strategy), **of_steps, **model_facts(everything)}
         num_examples = [1] * setup.num_clients  # until the nodes have said how many
         rounds = RoundServer(
             args,
@@ -154,6 +152,7 @@ class FederationServer:
             num_examples,
             local.first_server(),
             factor_blocks(self._model, args.factor_schedule),
+            exact=ExactAverage(self._model, local.first_server()) if args.exact_average else None,
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         facts |= self._rank_facts  # of which a node knows its own client's

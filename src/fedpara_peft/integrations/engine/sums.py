@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...comm.errors import PayloadError
 from ...comm.schema import Schema
@@ -20,9 +20,7 @@ from ...federation.arguments import FederatedArguments
 from ...federation.secure.fit import agreement_of
 from ...federation.secure.seal import Sealer
 from ...federation.strategies import Strategy
-
-if TYPE_CHECKING:
-    from .node import Job
+from .jobs import Job
 
 #: After so long the secrets of a run that was given up are removed by any other run's round.
 _FORGOTTEN_S = 24 * 3600.0

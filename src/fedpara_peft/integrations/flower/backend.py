@@ -17,10 +17,10 @@ from ...federation.server.round import RoundServer
 from ...federation.state import Outcome, ServerState
 from ..engine.answers import check_came, outcome_of, refused
 from ..engine.backend import OnNodes
-from ..engine.node import Answer, Job
+from ..engine.jobs import Answer, Job
 from ..engine.secure import Answers
 from .directory import Directory
-from .exchange import Pending, collect, dispatch
+from .exchange import Pending, Replies, collect, dispatch
 from .messages import job_record, read_answer
 
 logger = logging.getLogger("flwr.fedpara")
@@ -89,6 +89,7 @@ class FlowerBackend(OnNodes):
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
         replies = collect(self._grid, self._directory, self._pending)
+        self._send_whole(opened, replies)
         self._tell_of_silent(opened, opened.reporting, replies.content)
         for client in opened.reporting:
             if client in replies.content:
@@ -96,6 +97,18 @@ class FlowerBackend(OnNodes):
         for beside in replies.refused:
             reported = beside.client in replies.content
             yield Outcome(beside.client, refused=beside, reported=reported)
+
+    def _send_whole(self, opened: OpenRound, replies: Replies) -> None:
+        """Ask clients that have lost their remainders once more; they have a deadline anew."""
+        answers = {client: read(content) for client, content in replies.content.items()}
+        jobs = {c: job_record(job) for c, job in self._whole_jobs(opened, answers).items()}
+        if jobs:
+            group = str(opened.number + 1)
+            again = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
+            self._count_whole(opened, again.expected.values())
+            more = collect(self._grid, self._directory, again)
+            replies.content.update(more.content)
+            replies.beside.extend(more.beside)
 
     def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
         """What a client sent, used or refused by name."""

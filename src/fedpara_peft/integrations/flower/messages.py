@@ -12,8 +12,8 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import as_bytes, count, malformed, steps
-from ..engine.node import Answer, Job
+from ..engine.answers import as_bytes, count, malformed, norm, steps
+from ..engine.jobs import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
 _STYPE = "safetensors"
@@ -21,12 +21,16 @@ _STYPE = "safetensors"
 
 def job_record(job: Job) -> RecordDict:
     """A job as records."""
-    facts = asdict(job) | {"needed": list(job.needed)}
+    facts = asdict(job) | {"needed": list(job.needed), "missed": list(job.missed)}
+    payload = facts.pop("payload")
     secure = {name: facts.pop(name) for name in ("wants", "cohort", "message")}
-    records = {}
+    for name in ("missed", "clip_norm"):  # not of every run; and a record has no None
+        if not facts[name]:
+            del facts[name]
+    records = {"job": ConfigRecord(facts)}
     if job.wants:
         records["secure"] = ConfigRecord(secure | {"cohort": list(job.cohort)})
-    return _with_payload(facts.pop("payload"), {"job": ConfigRecord(facts), **records})
+    return _with_payload(payload, records)
 
 
 def read_job(content: RecordDict) -> Job:
@@ -44,6 +48,8 @@ def read_job(content: RecordDict) -> Job:
             kept=count(facts["kept"]),
             needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
+            missed=tuple(map(count, facts.get("missed", []))),
+            clip_norm=norm(facts.get("clip_norm")),
             wants=str(secure.get("wants", "")),
             cohort=tuple(map(count, secure.get("cohort", []))),
             message=as_bytes(secure.get("message", b"")),

@@ -30,7 +30,8 @@ from typing import Any
 from filelock import FileLock
 
 from ...federation.errors import ArgumentsError, RoundError
-from ..engine.node import Answer, Introduction, Job, Node, NodeSetup, client_folder
+from ..engine.jobs import Answer, Introduction, Job
+from ..engine.node import Node, NodeSetup, client_folder
 
 _MAIN = "from fedpara_peft.integrations.flower.worker import main; main()"
 _START_S = 300.0
@@ -159,7 +160,7 @@ def _serve(node: Node, connection: Connection) -> None:
             found = asdict(node.introduce(client))
         else:
             facts = request["job"]
-            facts |= {name: tuple(facts[name]) for name in ("needed", "cohort")}
+            facts |= {name: tuple(facts[name]) for name in ("needed", "missed", "cohort")}
             facts["message"] = bytes.fromhex(facts["message"])
             answer = node.train(client, Job(**facts, payload=payload))
             found = asdict(answer)

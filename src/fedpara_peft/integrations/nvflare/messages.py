@@ -12,8 +12,8 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import as_bytes, count, malformed, steps
-from ..engine.node import Answer, Introduction, Job
+from ..engine.answers import as_bytes, count, malformed, norm, steps
+from ..engine.jobs import Answer, Introduction, Job
 
 #: Names of the tasks.
 INTRODUCE, TRAIN = "fedpara_introduce", "fedpara_train"
@@ -21,7 +21,8 @@ INTRODUCE, TRAIN = "fedpara_introduce", "fedpara_train"
 
 def job_message(job: Job) -> Shareable:
     """A job as a message."""
-    return Shareable(asdict(job) | {"needed": list(job.needed), "cohort": list(job.cohort)})
+    lists = {name: list(getattr(job, name)) for name in ("needed", "missed", "cohort")}
+    return Shareable(asdict(job) | lists)
 
 
 def read_job(message: Mapping[str, Any]) -> Job:
@@ -37,6 +38,8 @@ def read_job(message: Mapping[str, Any]) -> Job:
             kept=count(message["kept"]),
             needed=tuple(map(count, message["needed"])),
             payload=as_bytes(message["payload"]),
+            missed=tuple(map(count, message["missed"])),
+            clip_norm=norm(message["clip_norm"]),
             wants=str(message["wants"]),
             cohort=tuple(map(count, message["cohort"])),
             message=as_bytes(message["message"]),
