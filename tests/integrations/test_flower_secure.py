@@ -329,7 +329,9 @@ def node(tmp_path, client=0, **more):
 
 
 def ask(app, grid, client, wanted, message=b"", cohort=(), round=0, payload=b""):
-    job = Job("0" * 16, round, 0, (0,), payload, wanted, tuple(cohort), message)
+    job = Job(
+        "0" * 16, round, 0, (0,), payload, wants=wanted, cohort=tuple(cohort), message=message
+    )
     reply = app(Message(job_record(job), 100 + client, "train"), grid.context(100 + client))
     return read_answer(reply.content)
 
@@ -418,7 +420,16 @@ def test_a_client_outside_the_cohort_and_small_thresholds_are_refused(tmp_path):
 def test_a_worker_gets_the_jobs_that_its_node_got(tmp_path, monkeypatch):
     """As JSON through a socket: the round's messages to the byte."""
     setup = NodeSetup(task.model_fn, task.data_fn, task.arguments(tmp_path), str(tmp_path))
-    job = Job("0" * 16, 3, 2, (1, 2), b"\0\xff", "SHARES", (0, 4, 7), bytes(range(256)))
+    job = Job(
+        "0" * 16,
+        3,
+        2,
+        (1, 2),
+        b"\0\xff",
+        wants="SHARES",
+        cohort=(0, 4, 7),
+        message=bytes(range(256)),
+    )
     got, sent = [], []
 
     class Wire:
@@ -454,7 +465,7 @@ def test_what_a_sum_cannot_have_is_refused_on_both_ends(tmp_path, monkeypatch):
 
 def test_a_secure_message_that_is_none_is_refused(tmp_path):
     app, grid = node(tmp_path)
-    record = job_record(Job("0" * 16, 0, 0, (0,), b"", "KEYS", (0, 1, 2)))
+    record = job_record(Job("0" * 16, 0, 0, (0,), b"", wants="KEYS", cohort=(0, 1, 2)))
     record["secure"] = ConfigRecord({"wants": "KEYS", "cohort": [-1, 2], "message": b""})
     reply = app(Message(record, 100, "train"), grid.context(100))
     assert reply.content["answer"]["reason"] == "malformed"
