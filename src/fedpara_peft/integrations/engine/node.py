@@ -112,6 +112,7 @@ class Answer:
         payload: its update; empty if there is none.
         steps: how it trained, where the strategy asks for it: the fields of
             :class:`~fedpara_peft.federation.state.LocalSteps`, without a weight that is not known.
+        terms: of how many terms its losses were the means, where clients weigh so much.
         reason: why there is none.
         message: what was found, and what helps.
     """
@@ -121,6 +122,7 @@ class Answer:
     train_loss: float = 0.0
     payload: bytes = b""
     steps: tuple[float, ...] = ()
+    terms: float | None = None
     reason: str = ""
     message: str = ""
 
@@ -226,7 +228,9 @@ class Node:
         # Also what the server will refuse is sent, to be counted.
         sent = outcome.sent
         steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
-        return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
+        return Answer(
+            job.round, sent.num_examples, sent.train_loss, outcome.payload, steps, sent.terms
+        )
 
     def _received(
         self, client: int, job: Job, resting: frozenset[str], state: ClientState | None

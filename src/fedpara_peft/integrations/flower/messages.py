@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import count, malformed, norm, steps
+from ..engine.answers import count, malformed, positive, steps
 from ..engine.node import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
@@ -44,7 +44,7 @@ def read_job(content: RecordDict) -> Job:
             needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
             missed=tuple(map(count, facts.get("missed", []))),
-            clip_norm=norm(facts.get("clip_norm")),
+            clip_norm=positive(facts.get("clip_norm")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
@@ -56,6 +56,8 @@ def answer_record(answer: Answer) -> RecordDict:
     metrics: dict[str, Any] = {
         "num_examples": answer.num_examples, "train_loss": answer.train_loss
     }  # fmt: skip
+    if answer.terms is not None:
+        metrics["terms"] = answer.terms
     if answer.steps:
         metrics["steps"] = [float(value) for value in answer.steps]
     return _with_payload(
@@ -77,6 +79,7 @@ def read_answer(content: RecordDict) -> Answer:
             train_loss=float(metrics["train_loss"]),
             payload=_payload(content),
             steps=steps(metrics.get("steps", [])),
+            terms=positive(metrics.get("terms")),
             reason=str(facts["reason"]),
             message=str(facts["message"]),
         )

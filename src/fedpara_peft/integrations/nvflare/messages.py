@@ -12,7 +12,7 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import count, malformed, norm, steps
+from ..engine.answers import count, malformed, positive, steps
 from ..engine.node import Answer, Introduction, Job
 
 #: Names of the tasks.
@@ -38,7 +38,7 @@ def read_job(message: Mapping[str, Any]) -> Job:
             needed=tuple(map(count, message["needed"])),
             payload=_payload(message),
             missed=tuple(map(count, message["missed"])),
-            clip_norm=norm(message["clip_norm"]),
+            clip_norm=positive(message["clip_norm"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
@@ -62,6 +62,7 @@ def read_answer(message: Mapping[str, Any]) -> Answer:
             train_loss=float(message["train_loss"]),
             payload=_payload(message),
             steps=steps(message["steps"]),
+            terms=positive(message["terms"]),
             reason=str(message["reason"]),
             message=str(message["message"]),
         )
