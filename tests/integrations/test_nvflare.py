@@ -247,6 +247,7 @@ FAULTS = {
     "no bytes": (changed("payload", lambda data: "text"), "malformed"),
     "examples": (changed("num_examples", lambda count: -1), "malformed"),
     "steps": (changed("steps", lambda steps: [0.0, 0.1]), "malformed"),
+    "tokens": (changed("terms", lambda terms: float("inf")), "malformed"),
     "stale": (changed("round", lambda number: number - 1), "stale"),
     "nothing": (lambda result: Shareable(), "malformed"),
 }
@@ -316,8 +317,11 @@ def test_sites_follow_the_exact_averages_remainders(tmp_path, monkeypatch, lost)
     assert [(t.round, t.client, t.direction) for t in again] == [(3, 1, "downlink")] * lost
 
 
-def test_sites_are_told_the_clipping_norm_of_the_round(tmp_path):
-    more = {"clip_update_norm": 0.05, "clip_target_quantile": 0.5, "clip_learning_rate": 1.0}
+def test_sites_are_told_the_clipping_norm_of_the_round_and_tell_their_tokens(tmp_path):
+    more = {
+        "clip_update_norm": 0.05, "clip_target_quantile": 0.5, "clip_learning_rate": 1.0,
+        "client_weighting": "tokens", "per_client_max_steps": 2,
+    }  # fmt: skip
     assert run(tmp_path, **more).reason is None
     trainer = simulate(tmp_path, **more)
     assert_same(tmp_path, trainer)

@@ -99,6 +99,8 @@ class FederatedArguments(
         require_bounded(self)
         if self.clip_target_quantile is not None:
             self._require_adaptive_possible()
+        if self.client_weighting != "examples":
+            self._require_weights()
         if self.exact_average:
             self._require_plain_mean()
         require_meaning(self, self.clip_update_norm, self.noise_mode)
@@ -163,6 +165,30 @@ class FederatedArguments(
                     f"clip_target_quantile cannot have {name}={value!r}: the server must see "
                     "in the same round how many updates were clipped; leave one of them out"
                 )
+
+    def _require_weights(self) -> None:
+        obstacles = {
+            f"secure_max_examples={self.secure_max_examples}: it bounds a weight by examples": (
+                self.secure_max_examples != 1
+            )
+        }
+        if self.client_weighting == "tokens":
+            obstacles |= {
+                f"aggregation={self.aggregation!r}: it does not weigh": self.aggregation != "mean",
+                "client_sampling='weighted': who is drawn by examples is averaged alike": (
+                    self.client_sampling == "weighted"
+                ),
+                "dp_noise_multiplier: what one client can move is bounded where all weigh alike": (
+                    bool(self.dp_noise_multiplier)
+                ),
+                "secure_aggregation: a weight must have a bound that is agreed on": (
+                    self.secure_aggregation
+                ),
+            }
+        if found := next((text for text, holds in obstacles.items() if holds), None):
+            raise ArgumentsError(
+                f"client_weighting={self.client_weighting!r} cannot have {found}; leave one out"
+            )
 
     def _require_plain_mean(self) -> None:
         for name, plain, why in (

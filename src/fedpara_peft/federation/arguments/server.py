@@ -63,6 +63,15 @@ class ServerArguments:
         default="mean",
         metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
     )
+    client_weighting: str = field(
+        default="examples",
+        metadata={
+            "help": "What a client weighs in the mean: examples: its rows; tokens: what its losses "
+            "in the round were means of (labels that count, or what compute_loss returns as its "
+            "third value); uniform: all alike.",
+            "choices": ["examples", "tokens", "uniform"],
+        },
+    )
     exact_average: bool = field(
         default=False,
         metadata={

@@ -31,6 +31,7 @@ def fixed_range(args: FederatedArguments) -> FixedRange:
 def largest_weight(args: FederatedArguments, strategy: Strategy) -> int:
     """What a client may weigh in the sum; 1: all alike."""
     uniform = strategy.weighting == "uniform" or args.client_sampling == "weighted"
+    uniform |= args.client_weighting == "uniform"
     return 1 if uniform else args.secure_max_examples
 
 

@@ -157,6 +157,7 @@ class RoundServer:
         num_examples: int,
         train_loss: float,
         steps: LocalSteps | None = None,
+        terms: float | None = None,
     ) -> ClientUpdate:
         """What a client sent, decoded and admitted.
 
@@ -167,6 +168,7 @@ class RoundServer:
             num_examples: its examples, as it says.
             train_loss: likewise.
             steps: likewise; only strategies that see single updates ask for it.
+            terms: likewise; only a mean by tokens asks for it.
 
         Raises:
             PayloadError: it is not what was agreed on, or may not be used.
@@ -175,20 +177,27 @@ class RoundServer:
             raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
         if self._strategy.sees_updates and steps is None:
             raise PayloadError("malformed", "it does not say how many steps it made")
+        if self._args.client_weighting != "tokens":
+            terms = None
+        elif terms is None or not 0 < terms < math.inf:
+            raise PayloadError("malformed", f"it trained on {terms} tokens, as it says")
         ranks, level = opened.ranks, opened.ranks.level(client)
         layout = self._channel.layout("uplink", opened.server, opened.resting, level)
         form = layout.form
         found: State = form.decode(payload, opened.number) if form.schema else {}
         moved, buffers, beside = layout.parted(found, opened.server.params)
         moved, beside = ranks.padded(moved, level), ranks.padded_each(beside, level)
-        update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers, steps)
+        update = ClientUpdate(
+            client, num_examples, moved, train_loss, beside, buffers, steps, terms=terms
+        )
         return checked(update, self._args, opened.server.clip_norm)
 
     def weight(self, update: ClientUpdate) -> float:
         """Of an update in the cohort's mean."""
         args = self._args
         uniform = self._strategy.weighting == "uniform" or args.client_sampling == "weighted"
-        return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
+        uniform |= args.client_weighting == "uniform"
+        return 1.0 if uniform or args.dp_noise_multiplier else update.size
 
     def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
         """Use a checked update, a late one for less; call it in client order."""
@@ -299,6 +308,8 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     """
     require_late_possible(strategy, args)
     obstacle = strategy.obstacle(args)
+    if args.client_weighting == "tokens" and strategy.weighting == "uniform":
+        obstacle = "client_weighting='tokens': its algebra is of clients that weigh alike"
     if args.dp_noise_multiplier and strategy.sees_updates:
         obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"
         if args.dp_mode == "local":

@@ -82,6 +82,8 @@ class ClientUpdate:
         buffers: the buffers as they are, for not all of them have a difference.
         steps: how it trained; None where the strategy does not ask for it.
         clipped: whether it was longer than it may be, and is as the server scaled it.
+        terms: of how many terms its losses were the means, together: examples, or tokens that
+            count; None where clients do not weigh so much.
     """
 
     client: int
@@ -92,6 +94,12 @@ class ClientUpdate:
     buffers: State = field(default_factory=dict)
     steps: LocalSteps | None = None
     clipped: bool = False
+    terms: float | None = None
+
+    @property
+    def size(self) -> float:
+        """What it has trained on: terms where clients weigh so much, its examples elsewhere."""
+        return float(self.num_examples) if self.terms is None else self.terms
 
 
 @dataclass(frozen=True)

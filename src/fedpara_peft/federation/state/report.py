@@ -17,7 +17,8 @@ class RoundReport:
             whose turns ended in this round, whenever they began.
         dropped: those of them that did not report.
         refused: those whose update was not used, each with the reason.
-        train_loss: mean over the clients that reported, by examples; None if none did.
+        train_loss: mean over the clients that reported, by examples, or by tokens with
+            ``client_weighting="tokens"``; None if none did.
         metrics: evaluation after the round, of the global model (``eval_…``) and over the clients'
             own models on their own data (``client_…_mean``, ``…_worst_decile``, ``…_std``; which
             tenth is the worst, :func:`~..data.metrics.higher_is_better` tells from the name); empty

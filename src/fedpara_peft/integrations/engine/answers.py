@@ -43,6 +43,7 @@ def outcome_of(rounds: RoundServer, opened: OpenRound, client: int, answer: Answ
         update: ClientUpdate = rounds.received(
             opened, client, answer.payload, answer.num_examples, answer.train_loss,
             LocalSteps(int(answer.steps[0]), *answer.steps[1:]) if answer.steps else None,
+            answer.terms,
         )  # fmt: skip
     except PayloadError as error:
         return refused(client, error, size)
@@ -81,17 +82,17 @@ def as_bytes(value: Any) -> bytes:
     return value
 
 
-def norm(value: Any) -> float | None:
-    """A clipping norm, as it came over the wire; None: there is none.
+def positive(value: Any) -> float | None:
+    """A clipping norm or a number of terms, as it came over the wire; None: it is not told.
 
     Raises:
-        ValueError: it is no norm.
+        ValueError: it is no size.
     """
     if value is None:
         return None
     found = float(value)
     if not (math.isfinite(found) and found > 0):
-        raise ValueError(f"{value!r:.40} is no clipping norm")
+        raise ValueError(f"{value!r:.40} is neither a norm nor a count")
     return found
 
 

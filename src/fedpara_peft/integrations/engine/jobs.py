@@ -51,6 +51,7 @@ class Answer:
         payload: its update, or the message that was asked for; empty if there is none.
         steps: how it trained, where the strategy asks for it: the fields of
             :class:`~fedpara_peft.federation.state.LocalSteps`, without a weight that is not known.
+        terms: of how many terms its losses were the means, where clients weigh so much.
         reason: why there is none.
         message: what was found, and what helps.
     """
@@ -60,6 +61,7 @@ class Answer:
     train_loss: float = 0.0
     payload: bytes = b""
     steps: tuple[float, ...] = ()
+    terms: float | None = None
     reason: str = ""
     message: str = ""
 

@@ -214,7 +214,9 @@ class Node:
         # Also what the server will refuse is sent, to be counted.
         sent = outcome.sent
         steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
-        return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
+        return Answer(
+            job.round, sent.num_examples, sent.train_loss, outcome.payload, steps, sent.terms
+        )
 
     def _schema(self, round: int) -> Schema:
         """Of a round's updates, in the order in which they are summed."""

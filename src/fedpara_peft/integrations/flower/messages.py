@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import as_bytes, count, malformed, norm, steps
+from ..engine.answers import as_bytes, count, malformed, positive, steps
 from ..engine.jobs import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
@@ -49,7 +49,7 @@ def read_job(content: RecordDict) -> Job:
             needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
             missed=tuple(map(count, facts.get("missed", []))),
-            clip_norm=norm(facts.get("clip_norm")),
+            clip_norm=positive(facts.get("clip_norm")),
             wants=str(secure.get("wants", "")),
             cohort=tuple(map(count, secure.get("cohort", []))),
             message=as_bytes(secure.get("message", b"")),
@@ -64,6 +64,8 @@ def answer_record(answer: Answer) -> RecordDict:
     metrics: dict[str, Any] = {
         "num_examples": answer.num_examples, "train_loss": answer.train_loss
     }  # fmt: skip
+    if answer.terms is not None:
+        metrics["terms"] = answer.terms
     if answer.steps:
         metrics["steps"] = [float(value) for value in answer.steps]
     return _with_payload(
@@ -85,6 +87,7 @@ def read_answer(content: RecordDict) -> Answer:
             train_loss=float(metrics["train_loss"]),
             payload=_payload(content),
             steps=steps(metrics.get("steps", [])),
+            terms=positive(metrics.get("terms")),
             reason=str(facts["reason"]),
             message=str(facts["message"]),
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import as_bytes, count, malformed, norm, steps
+from ..engine.answers import as_bytes, count, malformed, positive, steps
 from ..engine.jobs import Answer, Introduction, Job
 
 #: Names of the tasks.
@@ -39,7 +39,7 @@ def read_job(message: Mapping[str, Any]) -> Job:
             needed=tuple(map(count, message["needed"])),
             payload=as_bytes(message["payload"]),
             missed=tuple(map(count, message["missed"])),
-            clip_norm=norm(message["clip_norm"]),
+            clip_norm=positive(message["clip_norm"]),
             wants=str(message["wants"]),
             cohort=tuple(map(count, message["cohort"])),
             message=as_bytes(message["message"]),
@@ -66,6 +66,7 @@ def read_answer(message: Mapping[str, Any]) -> Answer:
             train_loss=float(message["train_loss"]),
             payload=as_bytes(message["payload"]),
             steps=steps(message["steps"]),
+            terms=positive(message["terms"]),
             reason=str(message["reason"]),
             message=str(message["message"]),
         )
