@@ -41,3 +41,14 @@ def arguments(folder, **more):
         "eval_every": 2, "disable_tqdm": True,
     }  # fmt: skip
     return FederatedArguments(str(folder), **{**settings, **more})
+
+
+def wide_model_fn(r=1):
+    """Its second layer's factors are far less than its weight, all of them global."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 60), nn.BatchNorm1d(60), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 4),
+    )  # fmt: skip
+    config = FedParaConfig(r=r, base_weight="replaced", target_modules=["4"])
+    return get_peft_model(model, config)

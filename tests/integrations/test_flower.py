@@ -193,6 +193,7 @@ def assert_same_clients(tmp_path, trainer):
         (FedAvg(), {"uplink_codec": Signs(), "error_feedback": True}),
         (FedAvg(), {**KEEP, "clients_per_round": 2}),
         (FedDyn(), {"momentum": 0.9, "optimizer_state": "keep"}),
+        (FedAvg(), {"client_weighting": "tokens", "per_client_max_steps": 2}),  # not the rows'
     ],
 )
 def test_the_result_is_the_simulations(tmp_path, strategy, more):
@@ -285,6 +286,7 @@ FAULTS = {
     "examples": (with_metric("num_examples", 0), "malformed"),
     "loss": (with_metric("train_loss", float("nan")), "malformed"),
     "steps": (with_metric("steps", [0.0, 0.1]), "malformed"),
+    "tokens": (with_metric("terms", float("inf")), "malformed"),
     "records": (without_records, "malformed"),
 }
 

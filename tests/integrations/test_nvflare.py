@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -246,6 +247,7 @@ FAULTS = {
     "no bytes": (changed("payload", lambda data: "text"), "malformed"),
     "examples": (changed("num_examples", lambda count: -1), "malformed"),
     "steps": (changed("steps", lambda steps: [0.0, 0.1]), "malformed"),
+    "tokens": (changed("terms", lambda terms: float("inf")), "malformed"),
     "stale": (changed("round", lambda number: number - 1), "stale"),
     "nothing": (lambda result: Shareable(), "malformed"),
 }
@@ -292,6 +294,40 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     run(tmp_path, num_rounds=2)
     run(tmp_path)
     assert_same(tmp_path, simulate(tmp_path))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_sites_follow_the_exact_averages_remainders(tmp_path, monkeypatch, lost):
+    """One that lost its folder is sent them whole, in the same round."""
+    monkeypatch.setattr(task, "model_fn", task.wide_model_fn)
+
+    def spoil(site, job, result):
+        if lost and (site, job["round"]) == (SITES[1], 1):
+            shutil.rmtree(tmp_path / "nodes" / "client-1")
+        return result
+
+    assert run(tmp_path, spoil, exact_average=True).reason is None
+    trainer = simulate(tmp_path, exact_average=True)
+    ours = load_file(tmp_path / "server" / "checkpoint-4" / "server.safetensors")
+    theirs = load_file(tmp_path / "simulated" / "checkpoint-4" / "server.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ledger = list(Ledger.load(tmp_path / "server" / "ledger.npy").transfers())
+    again = [t for t in ledger if t not in trainer.ledger.transfers()]
+    assert [(t.round, t.client, t.direction) for t in again] == [(3, 1, "downlink")] * lost
+
+
+def test_sites_are_told_the_clipping_norm_of_the_round_and_tell_their_tokens(tmp_path):
+    more = {
+        "clip_update_norm": 0.05, "clip_target_quantile": 0.5, "clip_learning_rate": 1.0,
+        "client_weighting": "tokens", "per_client_max_steps": 2,
+    }  # fmt: skip
+    assert run(tmp_path, **more).reason is None
+    trainer = simulate(tmp_path, **more)
+    assert_same(tmp_path, trainer)
+    norms = [report.clip_norm for report in history(tmp_path)]
+    assert norms == [report.clip_norm for report in trainer.history]
+    assert len(set(norms)) == 4
 
 
 def test_an_aborted_job_says_how_to_go_on(tmp_path):

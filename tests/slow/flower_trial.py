@@ -43,14 +43,16 @@ class Trial:
     Attributes:
         nodes: the SuperNodes' processes, by client.
         seen: what the case adds to its row.
+        app: the module of the benchmarks' app that runs.
         worker: whether nodes keep a worker: where one might be left behind.
     """
 
-    def __init__(self, folder: Path, rounds: int) -> None:
+    def __init__(self, folder: Path, rounds: int, app: str = "faulty", worker: int = 0) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder, self.server, self.rounds = folder, folder / "server", rounds
         self.nodes: dict[int, subprocess.Popen[bytes]] = {}
         self.seen: list[str] = []
-        self.worker = 0
+        self.app, self.worker = app, worker
         python_path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
         self.federation = Federation(folder, PYTHONPATH=python_path, OMP_NUM_THREADS="1")
 
@@ -73,7 +75,7 @@ class Trial:
     def start_run(self) -> None:
         """Start ``flwr run``, perhaps not for the first time."""
         config = {
-            "app": "faulty",
+            "app": self.app,
             "worker": self.worker,
             "num-rounds": self.rounds,
             "output-dir": str(self.server),

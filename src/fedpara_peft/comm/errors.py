@@ -18,9 +18,11 @@ Refusal = Literal[
     "norm",
     "stale",
     "duplicate",
+    "behind",
     "not_sampled",
     "diverged",
     "failed",
+    "unsummed",
 ]
 
 

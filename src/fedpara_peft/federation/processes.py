@@ -75,7 +75,13 @@ class Processes(OnSimulation):
         sent = outcome.update
         try:
             update = self._rounds.received(
-                opened, outcome.client, payload, sent.num_examples, sent.train_loss, sent.steps
+                opened,
+                outcome.client,
+                payload,
+                sent.num_examples,
+                sent.train_loss,
+                sent.steps,
+                sent.terms,
             )
         except PayloadError as error:
             refused = Refused(outcome.client, error.reason, str(error))

@@ -182,6 +182,7 @@ class Simulation:
             yield self._turns.take(
                 client, opened.number, train, keep,
                 encode=encode, seconds=shares.get(client, 0.0),
+                noise_seed=opened.server.noise_seed,
             )  # fmt: skip
 
     def _alone(

@@ -22,7 +22,7 @@ from .client.evaluation import Evaluator, Metrics
 from .client.local import LocalTrainer
 from .client.optimizer import OptimizerFactory
 from .client.stacked import BatchedTrainer
-from .client.trainers.given import GivenTrainer, LocalTrainerFactory
+from .client.trainers.given import LocalTrainerFactory, given_trainer
 from .client.turn import Turns
 from .crew import Crew
 from .data.batches import Collator
@@ -142,11 +142,9 @@ class FederatedTrainer:
                 "on: give eval_dataset or client_eval_dataset"
             )
         loss = compute_loss or DefaultLoss(args.label_column)
-        given = None
-        if local_trainer is not None:
-            if optimizer is not None:
-                raise ArgumentsError("give optimizer or local_trainer, which has its own, not both")
-            given = GivenTrainer(local_trainer, self.model, args, self.strategy)
+        if local_trainer is not None and optimizer is not None:
+            raise ArgumentsError("give optimizer or local_trainer, which has its own, not both")
+        given = given_trainer(local_trainer, self.model, args, self.strategy)
         self._local = local = LocalTrainer(
             self.model, args, self.accelerator, self.strategy, loss, data_collator,
             self.population.names, optimizer, given,

@@ -89,7 +89,9 @@ def _overview(run: Run) -> str:
     rows.append(("clients' turns lost", f"{lost[0]:,} did not report, {lost[1]:,} were refused"))
     epsilon = next((r.epsilon for r in reversed(reports) if r.epsilon is not None), None)
     if epsilon is not None:
-        rows.append(("privacy spent", f"ε = {epsilon:.3g}"))
+        mode = run.settings.get("dp_mode", "central")
+        against = "" if mode == "central" else f" against the server, by {mode} noise"
+        rows.append(("privacy spent", f"ε = {epsilon:.3g}{against}"))
     rows.append(("time", f"{sum(r.seconds for r in reports):,.1f} s, evaluation left out"))
     slowest = [r.slowest_client_s for r in reports if r.slowest_client_s is not None]
     if slowest:

@@ -48,6 +48,7 @@ class Agreement:
         levels: s: values are integers in [-s, s].
         largest_weight: W: weights are integers in [1, W].
         context: what else the round is of (the model's schema, the scale), in short.
+        noise: the most that noise of all clients adds to a value of the sum.
 
     Raises:
         SecureAggregationError: no sum could be made so, or it would hide too little.
@@ -60,6 +61,7 @@ class Agreement:
     levels: int
     largest_weight: int = 1
     context: bytes = b""
+    noise: int = 0
     values: Ring = field(init=False)
     numbers: Ring = field(init=False)
 
@@ -81,7 +83,7 @@ class Agreement:
                 f"weights up to {self.largest_weight} are not in [1, {LARGEST_WEIGHT}]: lower "
                 "secure_max_examples"
             )
-        largest = n * self.largest_weight * self.levels
+        largest = n * self.largest_weight * self.levels + self.noise
         object.__setattr__(self, "values", Ring.of_sums(largest, self.numel))
         object.__setattr__(self, "numbers", Ring(64, NUMBERS))
 
@@ -90,7 +92,7 @@ class Agreement:
         """A short name of all of it, in every message."""
         facts = (
             self.clients, self.threshold, self.numel, self.levels, self.largest_weight,
-            self.context,
+            self.context, *([self.noise] if self.noise else []),
         )  # fmt: skip
         return hashlib.sha256(repr(facts).encode()).digest()[:8]
 
@@ -115,10 +117,10 @@ class Agreement:
             SecureAggregationError: they are beyond what was agreed on, so the sum would be wrong.
         """
         largest = int(np.abs(values).max(initial=0))
-        if len(values) != self.numel or largest > self.levels:
+        if len(values) != self.numel or largest > self.levels + self.noise:
             raise SecureAggregationError(
                 f"{len(values)} integers up to {largest} cannot be summed: agreed on are "
-                f"{self.numel} up to {self.levels}"
+                f"{self.numel} up to {self.levels + self.noise}"
             )
         if not 1 <= weight <= self.largest_weight:
             raise SecureAggregationError(
@@ -181,7 +183,7 @@ class Vector:
         values = agreed.values.integers(self.values)
         weight, loss = (int(v) for v in agreed.numbers.integers(self.numbers))
         if not len(clients) <= weight <= len(clients) * agreed.largest_weight or (
-            int(np.abs(values).max(initial=0)) > weight * agreed.levels
+            int(np.abs(values).max(initial=0)) > weight * agreed.levels + agreed.noise
         ):
             raise SecureAggregationError(
                 f"the sum of {len(clients)} clients is beyond what they can have sent: one of them "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 
@@ -58,6 +59,44 @@ class SecureClient:
         self._keys: dict[int, bytes] = {}
         self._shares: dict[int, tuple[int, ...]] = {}
         self._next = Kind.KEYS
+
+    @property
+    def agreed(self) -> Agreement:
+        """The round's."""
+        return self._agreed
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has answered all messages, and forgotten its secrets."""
+        return self._next is Kind.UNMASKING
+
+    def saved(self) -> bytes:
+        """What it knows, its secrets too, for another process to go on with between two messages.
+
+        Who keeps it must see that nobody else reads it, and that it is restored once: a machine
+        that goes on twice from one place answers twice.
+        """
+        known = {
+            "next": int(self._next),
+            "secrets": [
+                s.hex() for s in (self._sealing_key, self._masking_key, self._own_seed)
+            ],
+            "keys": {client: keys.hex() for client, keys in self._keys.items()},
+            "shares": self._shares,
+        }  # fmt: skip
+        return json.dumps(known).encode()
+
+    @classmethod
+    def restored(cls, agreed: Agreement, client: int, data: bytes) -> SecureClient:
+        """The inverse of :meth:`saved`; arguments as those of the class."""
+        found, known = cls(agreed, client), json.loads(data)
+        found._sealing_key, found._masking_key, found._own_seed = (
+            bytes.fromhex(secret) for secret in known["secrets"]
+        )
+        found._next = Kind(known["next"])
+        found._keys = {int(c): bytes.fromhex(keys) for c, keys in known["keys"].items()}
+        found._shares = {int(c): tuple(both) for c, both in known["shares"].items()}
+        return found
 
     def advertise(self) -> bytes:
         """Public keys: one for what clients send each other, one for masks."""

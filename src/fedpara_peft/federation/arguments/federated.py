@@ -14,7 +14,7 @@ from .local import LocalArguments
 from .rounds import RoundArguments
 from .schedule import share_of_rate
 from .secure import SecureArguments, require_meaning
-from .server import ServerArguments
+from .server import ServerArguments, require_bounded
 from .watching import WatchingArguments
 
 #: By interval as mathematicians write it, the arguments that lie in it (or are None).
@@ -96,19 +96,14 @@ class FederatedArguments(
                 "give concurrency, client_fraction or clients_per_round: with buffer_size each "
                 "says how many clients are at work at once"
             )
-        if self.dp_noise_multiplier and self.clip_update_norm is None:
-            raise ArgumentsError(
-                "dp_noise_multiplier needs clip_update_norm: noise protects only what is bounded"
-            )
-        if self.dp_noise_multiplier and self.aggregation != "mean":
-            raise ArgumentsError(
-                f"dp_noise_multiplier needs aggregation='mean', got {self.aggregation!r}"
-            )
+        require_bounded(self)
         if self.clip_target_quantile is not None:
             self._require_adaptive_possible()
+        if self.client_weighting != "examples":
+            self._require_weights()
         if self.exact_average:
             self._require_plain_mean()
-        require_meaning(self, self.clip_update_norm)
+        require_meaning(self, self.clip_update_norm, self.noise_mode)
         for option in (options or {}).keys() & _OWN_OPTIONS.keys():
             raise ArgumentsError(
                 f"optim_args has {option!r}: give it as {_OWN_OPTIONS[option]}, which all "
@@ -171,6 +166,30 @@ class FederatedArguments(
                     "in the same round how many updates were clipped; leave one of them out"
                 )
 
+    def _require_weights(self) -> None:
+        obstacles = {
+            f"secure_max_examples={self.secure_max_examples}: it bounds a weight by examples": (
+                self.secure_max_examples != 1
+            )
+        }
+        if self.client_weighting == "tokens":
+            obstacles |= {
+                f"aggregation={self.aggregation!r}: it does not weigh": self.aggregation != "mean",
+                "client_sampling='weighted': who is drawn by examples is averaged alike": (
+                    self.client_sampling == "weighted"
+                ),
+                "dp_noise_multiplier: what one client can move is bounded where all weigh alike": (
+                    bool(self.dp_noise_multiplier)
+                ),
+                "secure_aggregation: a weight must have a bound that is agreed on": (
+                    self.secure_aggregation
+                ),
+            }
+        if found := next((text for text, holds in obstacles.items() if holds), None):
+            raise ArgumentsError(
+                f"client_weighting={self.client_weighting!r} cannot have {found}; leave one out"
+            )
+
     def _require_plain_mean(self) -> None:
         for name, plain, why in (
             ("aggregation", "mean", "no other aggregate is a mean of weights"),
@@ -183,6 +202,11 @@ class FederatedArguments(
                 raise ArgumentsError(
                     f"exact_average cannot have {name}={value!r}: {why}; leave one of them out"
                 )
+
+    @property
+    def noise_mode(self) -> str:
+        """Who adds noise for privacy: ``dp_mode``; empty without noise."""
+        return self.dp_mode if self.dp_noise_multiplier else ""
 
     @property
     def start_clip_norm(self) -> float | None:

@@ -49,7 +49,9 @@ class SecureArguments:
     )
 
 
-def require_meaning(args: SecureArguments, clip_update_norm: float | None) -> None:
+def require_meaning(
+    args: SecureArguments, clip_update_norm: float | None, noise_mode: str = ""
+) -> None:
     """Raise where an argument would do nothing, or lacks another.
 
     Raises:
@@ -59,6 +61,11 @@ def require_meaning(args: SecureArguments, clip_update_norm: float | None) -> No
         raise ArgumentsError(
             "secure_aggregation needs secure_clip: clients round their updates to integers of one "
             "range, which none of them may tell; give the largest entry that you expect"
+        )
+    if noise_mode == "distributed" and not args.secure_aggregation:
+        raise ArgumentsError(
+            "dp_mode='distributed' needs secure_aggregation=True: a client's share of the noise "
+            "protects the sum, and no single update; or use dp_mode='local'"
         )
     if args.secure_clip is not None and not args.secure_aggregation:
         raise ArgumentsError(

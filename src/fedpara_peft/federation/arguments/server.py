@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...comm.codecs import Codec, codec_names
+from ..errors import ArgumentsError
 
 # On a command line a codec has a name; HfArgumentParser reads one type an argument.
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ class ServerArguments:
         default="mean",
         metadata={"help": "mean, median, or trimmed_mean:SHARE of the cohort cut at either end."},
     )
+    client_weighting: str = field(
+        default="examples",
+        metadata={
+            "help": "What a client weighs in the mean: examples: its rows; tokens: what its losses "
+            "in the round were means of (labels that count, or what compute_loss returns as its "
+            "third value); uniform: all alike.",
+            "choices": ["examples", "tokens", "uniform"],
+        },
+    )
     exact_average: bool = field(
         default=False,
         metadata={
@@ -89,6 +99,15 @@ class ServerArguments:
         default=0.0,
         metadata={"help": "Gaussian noise on the sum of updates, in units of clip_update_norm."},
     )
+    dp_mode: str = field(
+        default="central",
+        metadata={
+            "help": "Who adds the noise: central: the server, to the sum; distributed: each client "
+            "a share of it, under secure_aggregation, so that the server sees no sum without; "
+            "local: each client all of it, to its own update.",
+            "choices": ["central", "distributed", "local"],
+        },
+    )
     dp_noise_seed: int | None = field(
         default=None,
         metadata={
@@ -106,3 +125,32 @@ class ServerArguments:
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed that all randomness derives from."})
+
+
+def require_bounded(args: ServerArguments) -> None:
+    """Raise unless noise for privacy protects what is sent.
+
+    Raises:
+        ArgumentsError: it would not, or ``dp_mode`` says nothing.
+    """
+    if not args.dp_noise_multiplier:
+        if args.dp_mode != "central":
+            raise ArgumentsError(
+                f"dp_mode={args.dp_mode!r} does nothing without dp_noise_multiplier: no noise is "
+                "added; give both, or neither"
+            )
+        return
+    if args.clip_update_norm is None:
+        raise ArgumentsError(
+            "dp_noise_multiplier needs clip_update_norm: noise protects only what is bounded"
+        )
+    if args.dp_mode != "local" and args.aggregation != "mean":
+        raise ArgumentsError(
+            f"dp_noise_multiplier needs aggregation='mean', got {args.aggregation!r}; with "
+            "dp_mode='local' it may be any"
+        )
+    if args.dp_mode != "central" and args.clip_target_quantile is not None:
+        raise ArgumentsError(
+            f"clip_target_quantile cannot have dp_mode={args.dp_mode!r}: clients would tell who "
+            "was clipped, and that count has no noise; use a fixed clip_update_norm"
+        )

@@ -30,7 +30,7 @@ from ..strategies import Correction, LocalSteps, Objective, Strategy
 from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
-from .steps import Stepped, Steps, in_a_round
+from .steps import Stepped, Steps, in_a_round, told_terms
 from .trainers.given import GivenTrainer
 
 
@@ -289,7 +289,8 @@ class LocalTrainer:
         update = dict(zip(names, torch._foreach_sub(*change) if names else (), strict=True))
         buffers = {n: shared[n].clone() for n in start if n in self.buffers}
         told = steps if self._strategy.sees_updates else None
-        sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers, told)
+        terms = told_terms(stepped, self._args)
+        sent = ClientUpdate(turn.client, num_examples, update, loss, {}, buffers, told, terms=terms)
         trained = Trained(turn, sent, steps, local, stepped.kept, stepped.terms)
         extra = self._strategy.client_extra(turn.seen, trained.active, update, steps)
         return replace(trained, update=replace(sent, extra=extra))

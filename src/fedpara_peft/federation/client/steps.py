@@ -223,6 +223,22 @@ def in_a_round(epoch: Callable[[int], Iterable[T]], args: FederatedArguments) ->
             return
 
 
+def told_terms(stepped: Stepped, args: FederatedArguments) -> float | None:
+    """What the server is told of a client's terms; None where clients do not weigh so much.
+
+    Raises:
+        ArgumentsError: nobody knows them.
+    """
+    if args.client_weighting != "tokens":
+        return None
+    if stepped.terms is None:
+        raise ArgumentsError(
+            "client_weighting='tokens', but local_trainer does not say on how many tokens it "
+            "trained: let it be a transformers Trainer, or use 'examples'"
+        )
+    return float(stepped.terms)
+
+
 class CannotPauseError(Exception):
     """Clients of a stack make different steps, and the optimizer cannot leave any out."""
 

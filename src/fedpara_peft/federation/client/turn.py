@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ...comm.state import State
 from ..arguments import FederatedArguments
 from ..server.admission import checked, checked_state
 from ..server.channel import Channel
+from ..server.privacy import with_own_noise
 from ..state import ClientState, ClientUpdate, Outcome, Refused
 from ..strategies import Strategy
 from .local import Trained
@@ -63,6 +65,21 @@ class Keeps(Protocol):
         """Keep a client's new state."""
 
 
+class Held:
+    """What clients will keep, until it is known whether they do.
+
+    Attributes:
+        states: by client.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[int, ClientState] = {}
+
+    def put(self, client: int, version: int, state: ClientState) -> None:
+        """Hold a client's new state."""
+        self.states[client] = state
+
+
 class Turns:
     """Takes what clients train through the channel and into the store.
 
@@ -97,6 +114,7 @@ class Turns:
         *,
         encode: bool = False,
         seconds: float = 0.0,
+        noise_seed: int | None = None,
     ) -> Outcome:
         """Let a client train and keep what is its own; nothing is kept of what the server refuses.
 
@@ -107,6 +125,7 @@ class Turns:
             store: where what it keeps rests.
             encode: whether the payload is needed, not its length alone.
             seconds: how long it has trained already.
+            noise_seed: of noise that the client adds; None: of one that nobody knows.
 
         Raises:
             Exception: the client's own, with ``on_client_error="raise"``.
@@ -116,6 +135,9 @@ class Turns:
         try:
             trained = train()
             seconds += time.perf_counter() - start
+            if self._args.noise_mode == "local":
+                noisy = with_own_noise(trained.update, self._args, round, noise_seed)
+                trained = dataclasses.replace(trained, update=noisy)
             found = deliver(
                 trained, self._channel, self._strategy, self._args, encode=encode, seal=self._seal
             )

@@ -49,4 +49,6 @@ def training_facts(
     epsilon = next((r.epsilon for r in reversed(history.rounds) if r.epsilon is not None), None)
     if epsilon is not None:
         facts["ε"] = f"{epsilon:.3g} at δ = {args.dp_delta:g}"
+        if args.dp_mode != "central":
+            facts["ε"] += f" against the server, by {args.dp_mode} noise"
     return facts

@@ -152,16 +152,21 @@ class DiskStore(ClientStore):
 
     def _read(self, client: int, version: int) -> ClientState:
         groups = split_groups(_read_checked(self._path(client, version)))
-        local, residual = groups.pop("local", {}), groups.pop("residual", {})
         return ClientState(
-            local, _under("strategy.", groups), residual, _under("optimizer.", groups)
+            groups.pop("local", {}),
+            _under("strategy.", groups),
+            groups.pop("residual", {}),
+            _under("optimizer.", groups),
+            groups.pop("remainders", {}),
         )
 
     def _write(self, client: int, version: int, state: ClientState) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(client, version)
         partial = path.with_name(f".{path.name}")
-        groups = {"local": state.local, "residual": state.residual}
+        groups = {
+            "local": state.local, "residual": state.residual, "remainders": state.remainders
+        }  # fmt: skip
         groups.update({f"strategy.{name}": kept for name, kept in state.strategy.items()})
         groups.update({f"optimizer.{part}": kept for part, kept in state.optimizer.items()})
         tensors = join_groups(groups)

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from ...comm.state import State
-from ..client.turn import at_rest
+from ..client.turn import Held, at_rest
 from ..server.opened import OpenRound
 from ..simulation import OnSimulation
-from ..state import ClientState, ClientUpdate, Flight, Outcome
+from ..state import ClientUpdate, Flight, Outcome
 
 
 class LateClients(OnSimulation):
@@ -25,7 +25,7 @@ class LateClients(OnSimulation):
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """How the turns ended that end in this round, whenever they began; in client order."""
-        late, held = opened.late, _Held()
+        late, held = opened.late, Held()
         assert late is not None
         began = {
             outcome.client: outcome
@@ -43,17 +43,6 @@ class LateClients(OnSimulation):
             if outcome.update is not None and state is not None:
                 self._simulation.store.put(outcome.client, opened.number + 1, state)
             yield dataclasses.replace(outcome, update=_moved(outcome.update, like))
-
-
-class _Held:
-    """What clients will keep, until their turns have ended."""
-
-    def __init__(self) -> None:
-        self.states: dict[int, ClientState] = {}
-
-    def put(self, client: int, version: int, state: ClientState) -> None:
-        """Hold a client's new state."""
-        self.states[client] = state
 
 
 def _moved(update: ClientUpdate | None, like: State | None = None) -> ClientUpdate | None:

@@ -21,7 +21,7 @@ def require_late_possible(strategy: Strategy, args: FederatedArguments) -> None:
             f"{type(strategy).__name__}: it does not say that its algebra holds for updates that "
             "are older than the server (class attribute updates_may_be_late)"
         )
-    elif args.dp_noise_multiplier:
+    elif args.noise_mode not in ("", "local"):
         found = (
             "dp_noise_multiplier: its ε counts on a cohort drawn alike from all clients in every "
             "round, and here speed decides who reports"

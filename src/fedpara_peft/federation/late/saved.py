@@ -70,6 +70,7 @@ def _outcome_row(outcome: Outcome) -> dict[str, Any]:
             "num_examples": update.num_examples,
             "train_loss": update.train_loss,
             "steps": None if update.steps is None else dataclasses.astuple(update.steps),
+            "terms": update.terms,
         },
         "refused": None if refused is None else [refused.reason, refused.message],
         "keeps_state": outcome.keeps_state,
@@ -105,7 +106,7 @@ def _flight(row: Mapping[str, Any], groups: Mapping[str, State]) -> Flight:
         steps = None if sent["steps"] is None else LocalSteps(*sent["steps"])
         update = ClientUpdate(
             client, sent["num_examples"], parts["update"], sent["train_loss"], under["extra"],
-            parts["buffers"], steps,
+            parts["buffers"], steps, terms=sent.get("terms"),
         )  # fmt: skip
     outcome = Outcome(
         client,

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 from ...comm.errors import SecureAggregationError
-from ...comm.ledger import Direction
-from ...comm.payload import PayloadSize
-from ...comm.schema import Schema, schema_of
-from ...comm.secure.agreement import Summed
 from ...comm.secure.client import SecureClient
-from ...comm.secure.server import SecureServer
+from ...comm.secure.messages import Kind
 from ..arguments import FederatedArguments
 from ..random import numpy_generator
 from ..server.opened import OpenRound
 from ..simulation import OnSimulation, Simulation
 from ..state import Outcome
 from ..strategies import Strategy
-from .fit import agreement_of, fixed_range
-from .seal import Sealer, names_of
-
-logger = logging.getLogger(__name__)
+from .round import Carried, SecureRound
+from .seal import Sealer
 
 #: How far a client that does not report comes: it sends no keys, no shares, or no update.
 _DROP_OUT_STAGES = 3
@@ -63,73 +56,32 @@ class SecureSimulation(OnSimulation):
         """
         if not opened.reporting:
             return
+        secure = SecureRound(self._args, self._strategy, opened)
         try:
-            yield from self._summed(opened)
+            yield from self._summed(opened, secure)
         except SecureAggregationError as error:
-            if self._args.quorum != 0:
-                error.add_note("with quorum=0 such a round changes nothing, and the run goes on")
-                raise
-            logger.warning("round %d changes nothing: %s", opened.number + 1, error)
+            yield from secure.failed(error)
             self._simulation.rollback(opened.number)
 
-    def _summed(self, opened: OpenRound) -> Iterator[Outcome]:
-        agreed = agreement_of(
-            self._args, self._strategy, opened.number, opened.cohort, _schema(opened)
-        )
-        server = SecureServer(agreed)
-        machines = {client: SecureClient(agreed, client) for client in opened.cohort}
-        last = self._last_stages(opened)
-        for client in opened.cohort:
-            if last[client] > 0:
-                server.keys(client, self._up(opened, client, machines[client].advertise()))
-        keys = server.all_keys()
-        for client in opened.cohort:
-            if last[client] > 0:
-                self._down(opened, client, keys)
-            if last[client] > 1:
-                server.shares(client, self._up(opened, client, machines[client].share(keys)))
-        shares = server.all_shares()
+    def _summed(self, opened: OpenRound, secure: SecureRound) -> Iterator[Outcome]:
+        machines = {client: SecureClient(secure.agreed, client) for client in opened.cohort}
+        clients = _Clients(self, opened, machines)
+        shares = secure.shares(clients)
         for client, data in shares.items():
-            self._down(opened, client, data)
-        self._sealer.begin(agreed, machines, shares)
+            secure.count(client, "downlink", self._passes(client, data))
+        self._sealer.begin(secure.agreed, machines, shares, opened.server.noise_seed)
         for outcome in self._simulation.turns(opened.reporting, opened):
-            if outcome.update is not None:
-                # Counted by the run, as every update is.
-                server.masked(outcome.client, self._passes(outcome.client, outcome.payload))
-            # Nothing but bytes goes from a client to the server.
-            yield dataclasses.replace(outcome, update=None, sent=None, payload=b"")
-        if not server.came:  # all were refused or failed: as in any round, the quorum decides
-            return
-        survivors = server.survivors()
-        gone = self._gone(server.came, opened.number)
-        for client in server.came:
-            self._down(opened, client, survivors)
-            if client not in gone:
-                answer = machines[client].unmask(survivors)
-                server.unmasking(client, self._up(opened, client, answer))
-        self._take_in(opened, server.total())
-
-    def _take_in(self, opened: OpenRound, found: Summed) -> None:
-        params = opened.part.params
-        mean = fixed_range(self._args).state(found.values, _schema(opened), found.weight)
-        placed = {name: mean[name].to(params[name].device) for name in opened.uplink.params}
-        opened.updates.take_mean(placed, found.weight, len(found.clients), found.train_loss)
-
-    def _up(self, opened: OpenRound, client: int, data: bytes) -> bytes:
-        return self._counted(opened, client, "uplink", data)
-
-    def _down(self, opened: OpenRound, client: int, data: bytes) -> bytes:
-        return self._counted(opened, client, "downlink", data)
-
-    def _counted(self, opened: OpenRound, client: int, way: Direction, data: bytes) -> bytes:
-        opened.updates.beside.append((client, way, PayloadSize(len(data), 0)))
-        return self._passes(client, data)
+            if outcome.payload:
+                passed = self._passes(outcome.client, outcome.payload)
+                outcome = dataclasses.replace(outcome, payload=passed)
+            yield secure.took(outcome)
+        secure.finish(clients)
 
     def _passes(self, client: int, data: bytes) -> bytes:
         """The link: all that passes between client and server, either way."""
         return data
 
-    def _last_stages(self, opened: OpenRound) -> dict[int, int]:
+    def last_stages(self, opened: OpenRound) -> dict[int, int]:
         """How far each client of a cohort comes: to the end, or to one of the stages before."""
         found = dict.fromkeys(opened.cohort, _DROP_OUT_STAGES)
         for client in opened.dropped:
@@ -137,14 +89,47 @@ class SecureSimulation(OnSimulation):
             found[client] = int(drawn.integers(_DROP_OUT_STAGES))
         return found
 
-    def _gone(self, came: Sequence[int], round: int) -> set[int]:
+    def gone(self, came: Collection[int], round: int) -> set[int]:
         """The clients that do not help to unmask."""
         args = self._args
         draws = {c: numpy_generator(args.seed, round, c, "unmask drop-out").random() for c in came}
         return {c for c, drawn in draws.items() if drawn < args.unmask_drop_out_probability}
 
 
-def _schema(opened: OpenRound) -> Schema:
-    """Of a round's updates, in the order in which they are summed."""
-    params = opened.part.params
-    return schema_of({name: params[name] for name in names_of(opened.uplink.params)})
+class _Clients:
+    """Machines of all clients; see :class:`~.round.Carrier`.
+
+    Args:
+        link: what drops out, and what messages pass through.
+        opened: the round.
+        machines: by client.
+    """
+
+    def __init__(
+        self, link: SecureSimulation, opened: OpenRound, machines: Mapping[int, SecureClient]
+    ) -> None:
+        self._link = link
+        self._round = opened.number
+        self._machines = machines
+        self._last = link.last_stages(opened)
+
+    def carry(self, wanted: Kind, data: Mapping[int, bytes]) -> Carried:
+        """Let those answer that have not dropped out."""
+        if wanted is Kind.UNMASKING:
+            silent = self._link.gone(data, self._round)
+        else:
+            needed = {Kind.KEYS: 1, Kind.SHARES: 2}[wanted]
+            silent = {client for client in data if self._last[client] < needed}
+        answers = {
+            client: self._link._passes(client, self._answer(wanted, client, text))
+            for client, text in data.items()
+            if client not in silent
+        }
+        return Carried(data.keys(), answers)
+
+    def _answer(self, wanted: Kind, client: int, data: bytes) -> bytes:
+        machine = self._machines[client]
+        if wanted is Kind.KEYS:
+            return machine.advertise()
+        passed = self._link._passes(client, data)
+        return machine.share(passed) if wanted is Kind.SHARES else machine.unmask(passed)

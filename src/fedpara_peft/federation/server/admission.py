@@ -40,6 +40,8 @@ def checked(
     """
     require_finite(update)
     clip = args.clip_update_norm if clip_norm is None else clip_norm
+    if args.noise_mode == "local":  # it was clipped before its noise, which is not clipped
+        clip = None
     bounded = functools.partial(_bounded, most=args.max_update_norm, clip=clip)
     used = bounded("update", update.update)
     return dataclasses.replace(
@@ -105,7 +107,8 @@ _LOCAL, _OPTIMIZER = "local part", "optimizer's "
 def _parts(state: ClientState) -> dict[str, State]:
     groups = {f"kept {group}": kept for group, kept in state.strategy.items()}
     optimizer = {f"{_OPTIMIZER}{part}": kept for part, kept in state.optimizer.items()}
-    return {_LOCAL: state.local, **groups, "residual": state.residual, **optimizer}
+    whole = {"residual": state.residual, "remainders": state.remainders}
+    return {_LOCAL: state.local, **groups, **whole, **optimizer}
 
 
 def _require_finite(parts: Mapping[str, State]) -> None:

@@ -73,8 +73,8 @@ class Cohort:
         for group, state in update.extra.items():
             self._extra[group].add(self._ranks.cut(state, level), weight)
         self.levels.add(level)
-        self._loss += update.train_loss * update.num_examples
-        self._examples += update.num_examples
+        self._loss += update.train_loss * update.size
+        self._examples += update.size
         self.count += 1
         self.within += not update.clipped
         if self._keep:

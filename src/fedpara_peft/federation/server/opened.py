@@ -77,12 +77,17 @@ class OpenRound:
         """What a client of the cohort receives."""
         return self.sent[self.ranks.level(client)]
 
-    def size_to(self, client: int) -> PayloadSize:
-        """How long all is that such a client receives."""
+    def size_to(self, client: int, *, whole: bool = False) -> PayloadSize:
+        """How long all is that such a client receives.
+
+        Args:
+            client: client index.
+            whole: of one that is sent all of the remainders.
+        """
         size = self.sent_to(client).size
         if self.exact is None:
             return size
-        rest = self.exact.size(self.server, client)
+        rest = self.exact.catch_up(self.server, client, whole=whole).form.size
         return PayloadSize(
             size.header_bytes + rest.header_bytes, size.tensor_bytes + rest.tensor_bytes
         )

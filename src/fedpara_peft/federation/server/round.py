@@ -84,12 +84,17 @@ class RoundServer:
         directions: tuple[Direction, ...] = ("downlink", "uplink")
         for direction in directions:  # made here, so that what cannot travel shows now
             layout = channel.layout(direction, start)
-            unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
+            if direction == "uplink" or args.noise_mode == "central":
+                # Else what comes down is made of what is protected already.
+                unprotected |= {f"{g}/{n}" for g in layout.groups for n in layout.trained}
         self._adaptive = AdaptiveClip.of(args, self._cohort_size)
         if args.dp_noise_multiplier:
             self._privacy = GaussianMechanism(
                 args, len(num_examples), self._cohort_size, sorted(unprotected)
             )
+        central = args.noise_mode == "central"
+        self._noise = self._privacy if central else None
+        self._tells_loss = central or self._privacy is None
 
     def open(self, server: ServerState, *, encode: bool = False) -> OpenRound:
         """Sample a cohort and make what it receives.
@@ -152,6 +157,7 @@ class RoundServer:
         num_examples: int,
         train_loss: float,
         steps: LocalSteps | None = None,
+        terms: float | None = None,
     ) -> ClientUpdate:
         """What a client sent, decoded and admitted.
 
@@ -162,6 +168,7 @@ class RoundServer:
             num_examples: its examples, as it says.
             train_loss: likewise.
             steps: likewise; only strategies that see single updates ask for it.
+            terms: likewise; only a mean by tokens asks for it.
 
         Raises:
             PayloadError: it is not what was agreed on, or may not be used.
@@ -170,20 +177,27 @@ class RoundServer:
             raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
         if self._strategy.sees_updates and steps is None:
             raise PayloadError("malformed", "it does not say how many steps it made")
+        if self._args.client_weighting != "tokens":
+            terms = None
+        elif terms is None or not 0 < terms < math.inf:
+            raise PayloadError("malformed", f"it trained on {terms} tokens, as it says")
         ranks, level = opened.ranks, opened.ranks.level(client)
         layout = self._channel.layout("uplink", opened.server, opened.resting, level)
         form = layout.form
         found: State = form.decode(payload, opened.number) if form.schema else {}
         moved, buffers, beside = layout.parted(found, opened.server.params)
         moved, beside = ranks.padded(moved, level), ranks.padded_each(beside, level)
-        update = ClientUpdate(client, num_examples, moved, train_loss, beside, buffers, steps)
+        update = ClientUpdate(
+            client, num_examples, moved, train_loss, beside, buffers, steps, terms=terms
+        )
         return checked(update, self._args, opened.server.clip_norm)
 
     def weight(self, update: ClientUpdate) -> float:
         """Of an update in the cohort's mean."""
         args = self._args
         uniform = self._strategy.weighting == "uniform" or args.client_sampling == "weighted"
-        return 1.0 if uniform or args.dp_noise_multiplier else float(update.num_examples)
+        uniform |= args.client_weighting == "uniform"
+        return 1.0 if uniform or args.dp_noise_multiplier else update.size
 
     def take_in(self, opened: OpenRound, update: ClientUpdate) -> None:
         """Use a checked update, a late one for less; call it in client order."""
@@ -209,12 +223,12 @@ class RoundServer:
         """
         updates = opened.updates
         quorum = self._args.quorum
-        if quorum is None and self._privacy is not None:
+        if quorum is None and self._noise is not None:
             quorum = 0.0  # with noise it must not show that everybody was refused
         require_quorum(updates.count, updates.refused, len(opened.ended), quorum)
         mean = updates.mean(len(self._num_examples))
         stepped = opened.part
-        if updates.count or self._privacy is not None:  # that nobody came must not show
+        if updates.count or self._noise is not None:  # that nobody came must not show
             stepped = self._strategy.server_step(opened.part, self._noisy(mean, opened))
             stepped = opened.ranks.with_resting(stepped, opened.part, updates.levels)
         params = {**stepped.params, **updates.buffers()}
@@ -256,7 +270,7 @@ class RoundServer:
             cohort=tuple(names[client] for client in opened.ended),
             dropped=tuple(names[client] for client in sorted(dropped)),
             refused=tuple((names[r.client], r.reason) for r in updates.refused),
-            train_loss=updates.train_loss,
+            train_loss=updates.train_loss if self._tells_loss else None,
             metrics={},
             uplink_bytes=ledger.total_bytes(number, "uplink"),
             downlink_bytes=ledger.total_bytes(number, "downlink"),
@@ -276,14 +290,14 @@ class RoundServer:
         return None if self._privacy is None else self._privacy.epsilon(rounds)
 
     def _noisy(self, mean: CohortMean, opened: OpenRound) -> CohortMean:
-        if self._privacy is None:
+        if self._noise is None:
             return mean
         seed = opened.server.noise_seed
         assert seed is not None
-        noisy = self._privacy.add_noise(
+        noisy = self._noise.add_noise(
             mean.update, opened.updates.count, seed, opened.number, opened.server.clip_norm
         )
-        return dataclasses.replace(mean, update=noisy, share=self._privacy.share)
+        return dataclasses.replace(mean, update=noisy, share=self._noise.share)
 
 
 def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
@@ -294,8 +308,12 @@ def require_fit(strategy: Strategy, args: FederatedArguments) -> None:
     """
     require_late_possible(strategy, args)
     obstacle = strategy.obstacle(args)
+    if args.client_weighting == "tokens" and strategy.weighting == "uniform":
+        obstacle = "client_weighting='tokens': its algebra is of clients that weigh alike"
     if args.dp_noise_multiplier and strategy.sees_updates:
         obstacle = "dp_noise_multiplier: it sees single updates, and only their mean has noise"
+        if args.dp_mode == "local":
+            obstacle = "dp_mode='local': it asks how many steps a client made, which has no noise"
     if args.jacobian_correction and has_own_loss(strategy):
         obstacle = "jacobian_correction: its local loss may ask for the model at several weights"
     if obstacle:

@@ -16,7 +16,7 @@ from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
 from ...federation.state import ClientUpdate, LocalSteps, Outcome, Refused, RoundReport
-from .node import Answer
+from .jobs import Answer
 
 #: Refusals of what came beside an answer.
 _BESIDE = ("duplicate",)
@@ -43,6 +43,7 @@ def outcome_of(rounds: RoundServer, opened: OpenRound, client: int, answer: Answ
         update: ClientUpdate = rounds.received(
             opened, client, answer.payload, answer.num_examples, answer.train_loss,
             LocalSteps(int(answer.steps[0]), *answer.steps[1:]) if answer.steps else None,
+            answer.terms,
         )  # fmt: skip
     except PayloadError as error:
         return refused(client, error, size)
@@ -68,6 +69,31 @@ def count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r:.40} is not a count")
     return value
+
+
+def as_bytes(value: Any) -> bytes:
+    """Bytes, as they came over the wire.
+
+    Raises:
+        TypeError: they are none.
+    """
+    if not isinstance(value, bytes):
+        raise TypeError("the payload is not bytes")
+    return value
+
+
+def positive(value: Any) -> float | None:
+    """A clipping norm or a number of terms, as it came over the wire; None: it is not told.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if value is None:
+        return None
+    found = float(value)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"{value!r:.40} is neither a norm nor a count")
+    return found
 
 
 def steps(values: Any) -> tuple[float, ...]:

@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
 from ...federation.state import RoundReport, ServerState
 from .answers import run_name, used_last
-from .node import Job
+from .jobs import Answer, Job
 
 
 class OnNodes:
@@ -75,18 +76,65 @@ class OnNodes:
         self._used = used_last(history)
         self._needed = (*saved, server.round)
 
-    def _job(self, opened: OpenRound, client: int) -> Job:
-        """What a client is asked to do."""
+    def job(self, opened: OpenRound, client: int) -> Job:
+        """What a client is asked to do in a round in the clear."""
+        return self._job(opened, client)
+
+    def _job(self, opened: OpenRound, client: int, *, whole: bool = False) -> Job:
+        """What a client is asked to do.
+
+        Args:
+            opened: the round.
+            client: client index.
+            whole: send all of the remainders, to a client that has lost its own.
+        """
         payload = opened.sent_to(client).payload
         data, kept = payload.data if payload else b"", self._used.get(client, 0)
-        return Job(self._run_name, opened.number, kept, self._needed_of(client), data)
+        missed: tuple[int, ...] = ()
+        if opened.exact is not None:
+            caught = opened.exact.catch_up(opened.server, client, whole=whole)
+            missed, data = caught.numbers, data + caught.encode(opened.server).data
+        return Job(
+            self._run_name, opened.number, kept, self._needed_of(client), data, missed,
+            opened.server.clip_norm,
+        )  # fmt: skip
+
+    def _whole_jobs(
+        self, opened: OpenRound, answers: Mapping[int, Answer | PayloadError]
+    ) -> dict[int, Job]:
+        """For clients that have lost their remainders, what they are asked once more.
+
+        A client may say so as often as it likes: it costs a second message, and nothing else
+        depends on it.
+        """
+        if opened.exact is None:
+            return {}
+        behind = [
+            client
+            for client, answer in answers.items()
+            if isinstance(answer, Answer) and answer.reason == "behind"
+        ]
+        if behind:
+            self._logger.warning(
+                "round %d: clients %s have lost their remainders and are sent them whole",
+                opened.number + 1, behind,
+            )  # fmt: skip
+        return {client: self._job(opened, client, whole=True) for client in behind}
+
+    def _count_whole(self, opened: OpenRound, clients: Collection[int]) -> None:
+        """Count what these clients were sent once more."""
+        opened.updates.beside += [
+            (client, "downlink", opened.size_to(client, whole=True)) for client in clients
+        ]
 
     def _needed_of(self, client: int) -> tuple[int, ...]:
         """Versions of a client's state to which the server may return."""
         return self._needed
 
-    def _tell_of_silent(self, opened: OpenRound, came: Collection[int]) -> None:
-        silent = [client for client in opened.reporting if client not in came]
+    def _tell_of_silent(
+        self, opened: OpenRound, asked: Collection[int], came: Collection[int]
+    ) -> None:
+        silent = [client for client in asked if client not in came]
         if silent:
             self._logger.warning(
                 "round %d goes on without clients %s (deadline %g s)",

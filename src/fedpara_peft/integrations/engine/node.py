@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from ...comm.errors import PayloadError
+from ...comm.errors import PayloadError, SecureAggregationError
+from ...comm.schema import Schema, schema_of
+from ...comm.secure.messages import Kind
+from ...comm.state import State
 from ...federation.arguments import FederatedArguments
 from ...federation.client.local import LocalTrainer, Trained
-from ...federation.client.turn import Turns
+from ...federation.client.trainers.given import LocalTrainerFactory, given_trainer
+from ...federation.client.turn import Held, Turns, at_rest
 from ...federation.data.batches import Collator, count_rows
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
 from ...federation.data.loss import DefaultLoss, LossFunction
 from ...federation.errors import ClientDataError, RoundError, about
 from ...federation.folder.checkpoint import must_agree
 from ...federation.folder.store import DiskStore
-from ...federation.secure.fit import require_plain
+from ...federation.secure.fit import require_possible
+from ...federation.secure.seal import names_of
 from ...federation.server.admission import usable_state
+from ...federation.server.averaging import ExactAverage
 from ...federation.server.channel import Channel
+from ...federation.server.privacy import require_protected
 from ...federation.server.ranks import GivenRanks, ranks_of
+from ...federation.server.round import require_fit
 from ...federation.server.schedule import factor_blocks, resting_factors
-from ...federation.state import Broadcast, ClientState, ServerState
+from ...federation.state import Broadcast, ClientState
 from ...federation.strategies import Strategy, as_strategy
+from .jobs import Answer, Introduction, Job
+from .sums import NodeSums
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +50,7 @@ _SERVERS = {
     "client_fraction", "clients_per_round", "client_sampling", "drop_out_probability",
     "aggregation", "quorum", "dp_noise_multiplier", "dp_noise_seed", "dp_delta", "engine",
     "buffer_size", "concurrency", "max_staleness", "staleness_exponent", "client_seconds_sigma",
+    "clip_learning_rate", "clip_count_std",
 }  # fmt: skip
 _RUN = re.compile(r"[0-9a-f]{16}")
 
@@ -57,6 +69,8 @@ class NodeSetup:
         data_collator: makes a batch from rows.
         client_ranks: how many columns the node's client trains; see
             :mod:`~fedpara_peft.federation.server.ranks`.
+        local_trainer: what trains the client in place of this package's own steps, the server's
+            own; see :class:`~fedpara_peft.federation.client.trainers.given.GivenTrainer`.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -67,68 +81,14 @@ class NodeSetup:
     compute_loss: LossFunction | None = None
     data_collator: Collator | None = None
     client_ranks: GivenRanks | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A round as a client sees it.
-
-    Attributes:
-        run: the run's own name; a client's states of several runs do not mix.
-        round: rounds completed.
-        kept: the version of the client's state that goes with the server's: the last round in which
-            its update was used. What the client learnt after it is forgotten.
-        needed: rounds to which the server may return.
-        payload: the broadcast.
-    """
-
-    run: str
-    round: int
-    kept: int
-    needed: tuple[int, ...]
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client sends.
-
-    Attributes:
-        round: rounds completed before it.
-        num_examples: its examples.
-        train_loss: mean loss over its local steps.
-        payload: its update; empty if there is none.
-        steps: how it trained, where the strategy asks for it: the fields of
-            :class:`~fedpara_peft.federation.state.LocalSteps`, without a weight that is not known.
-        reason: why there is none.
-        message: what was found, and what helps.
-    """
-
-    round: int
-    num_examples: int = 0
-    train_loss: float = 0.0
-    payload: bytes = b""
-    steps: tuple[float, ...] = ()
-    reason: str = ""
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class Introduction:
-    """What a node says of itself.
-
-    Attributes:
-        num_examples: its client's.
-        facts: what its app was given, by name.
-    """
-
-    num_examples: int
-    facts: Mapping[str, Any]
+    local_trainer: LocalTrainerFactory | None = None
 
 
 def node_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of what a run was given, what a node must have in common with the server."""
-    shaping = {n: v for n, v in must_agree(facts).items() if n not in _SERVERS}
+    # Where nodes add the noise, they must know how much.
+    servers = _SERVERS - ({"dp_noise_multiplier"} if facts["dp_mode"] != "central" else set())
+    shaping = {n: v for n, v in must_agree(facts).items() if n not in servers}
     return json.loads(json.dumps(shaping))
 
 
@@ -140,7 +100,6 @@ class Node:
     """
 
     def __init__(self, setup: NodeSetup) -> None:
-        require_plain(setup.args, "nodes")
         self._setup = setup
         args, strategy = setup.args, as_strategy(setup.strategy)
         accelerator = Accelerator()
@@ -149,13 +108,31 @@ class Node:
         self._strategy = strategy
         ranks = ranks_of(model, args, strategy, setup.client_ranks, None)
         self._channel = Channel(args, strategy, ranks)
-        self._local = LocalTrainer(model, args, accelerator, strategy, loss, setup.data_collator)
+        given = given_trainer(setup.local_trainer, model, args, strategy)
+        self._local = LocalTrainer(
+            model, args, accelerator, strategy, loss, setup.data_collator, given=given
+        )
         self._products = factor_blocks(model, args.factor_schedule)
+        first = self._local.first_server()
+        self._exact = ExactAverage(model, first) if args.exact_average else None
         self._data: dict[int, Any] = {}
-        self._turns = Turns(args, self._channel, strategy, range(2**31))
+        self._sums: NodeSums | None = None
+        if args.secure_aggregation:
+            shared, buffers = schema_of(self._local.shared), sorted(self._local.buffers)
+            ranked = setup.client_ranks is not None
+            require_possible(args, strategy, None, shared, buffers, ranks=ranked)
+            folder_of = functools.partial(client_folder, setup.state_dir)
+            self._sums = NodeSums(args, strategy, folder_of, self._schema)
+        if args.noise_mode == "local":
+            require_fit(strategy, args)
+            uplink = self._channel.layout("uplink", self._local.first_server())
+            require_protected(sorted({*self._local.buffers, *uplink.groups}))
+        sealer = self._sums.sealer if self._sums else None
+        self._turns = Turns(args, self._channel, strategy, range(2**31), sealer)
         everything = {**self._local.shared, **self._local.local}
         self._facts = node_facts({
             **settings_facts(args, strategy),
+            **(given.facts if given else {}),
             **model_facts(everything),
             **base_facts(model, everything),
         })  # fmt: skip
@@ -169,6 +146,30 @@ class Node:
 
         What the server would refuse changes nothing of what the client keeps.
         """
+        if self._sums is None and not job.wants:
+            return self._trained(client, job)
+        try:
+            return self._secure(client, job)
+        except (PayloadError, SecureAggregationError) as error:
+            logger.warning("round %d, client %d: %s", job.round + 1, client, error)
+            reason = error.reason if isinstance(error, PayloadError) else "failed"
+            return Answer(job.round, reason=reason, message=str(error))
+
+    def _secure(self, client: int, job: Job) -> Answer:
+        """A message of a round whose updates the server sees the sum of."""
+        sums = self._sums
+        if sums is None or not job.wants:
+            raise PayloadError(
+                "malformed",
+                f"{job.wants or 'an update in the clear'} is asked for, but this node has "
+                f"secure_aggregation={sums is not None}: give both ends the same arguments",
+            )
+        if job.wants != Kind.MASKED.name:
+            return Answer(job.round, payload=sums.answer(client, job))
+        with sums.masking(client, job):
+            return self._trained(client, job)
+
+    def _trained(self, client: int, job: Job) -> Answer:
         store = self._store(client, job)
         try:
             return self._turn(client, job, store)
@@ -182,17 +183,25 @@ class Node:
     def _turn(self, client: int, job: Job, store: DiskStore) -> Answer:
         resting = frozenset(resting_factors(self._products, job.round))
         local, kept = self._local, store.get(client)
-        broadcast = self._received(client, job, resting)
         state = usable_state(kept, local.local, local.shared, client)
         state = self._channel.ranks.own(state, local.first_local, client)
+        broadcast, remainders = self._received(client, job, resting, state)
         data = self._dataset(client)
 
         def train() -> Trained:
             with local.at_work(resting):
                 return local.train(client, data, job.round, broadcast, state, resting)
 
-        outcome = self._turns.take(client, job.round, train, store, encode=True)
-        if outcome.refused is not None:
+        new = Held()
+        outcome = self._turns.take(
+            client, job.round, train, new, encode=not job.wants,
+            noise_seed=self._setup.args.dp_noise_seed,
+        )  # fmt: skip
+        if outcome.refused is None:
+            found = new.states.get(client, ClientState())
+            if found := replace(found, remainders=at_rest(remainders)):
+                store.put(client, job.round + 1, found)
+        else:
             logger.warning(
                 "round %d, client %d: %s", job.round + 1, client, outcome.refused.message
             )
@@ -200,22 +209,49 @@ class Node:
             assert outcome.refused is not None
             reason, message = outcome.refused.reason, outcome.refused.message
             return Answer(job.round, reason=reason, message=message)
+        if job.wants:  # and nothing beside it: the sum has the loss, too
+            return Answer(job.round, payload=outcome.payload)
         # Also what the server will refuse is sent, to be counted.
         sent = outcome.sent
         steps = tuple(v for v in astuple(sent.steps) if v is not None) if sent.steps else ()
-        return Answer(job.round, sent.num_examples, sent.train_loss, outcome.payload, steps)
+        return Answer(
+            job.round, sent.num_examples, sent.train_loss, outcome.payload, steps, sent.terms
+        )
 
-    def _received(self, client: int, job: Job, resting: frozenset[str]) -> Broadcast:
-        """The broadcast, checked against this node's own model."""
-        shared = self._local.shared
-        server = ServerState(job.round, shared, buffers=self._local.buffers)
+    def _schema(self, round: int) -> Schema:
+        """Of a round's updates, in the order in which they are summed."""
+        shared, resting = self._local.shared, resting_factors(self._products, round)
+        server = replace(self._local.first_server(), round=round)
+        sent = self._channel.layout("uplink", server, frozenset(resting)).params
+        return schema_of({name: shared[name] for name in names_of(list(sent))})
+
+    def _received(
+        self, client: int, job: Job, resting: frozenset[str], state: ClientState | None
+    ) -> tuple[Broadcast, State]:
+        """The broadcast, checked against this node's own model, and the remainders in it."""
+        server = replace(self._local.first_server(), round=job.round)
         ranks = self._channel.ranks
         level = ranks.level(client)
         layout = self._channel.layout("downlink", server, resting, level)
-        found = layout.form.decode(job.payload, job.round) if layout.form.schema else {}
-        params, buffers, extra = layout.parted(found, shared)
-        params = ranks.padded(params, level)
-        return Broadcast({**params, **buffers}, ranks.padded_each(extra, level))
+        remainders: State = {}
+        payload = job.payload
+        if (exact := self._exact) is not None:
+            caught = exact.told(job.missed, job.round)
+            end = len(payload) - len(caught.form.size)
+            own = {} if state is None else state.remainders
+            remainders = exact.followed(caught, payload[end:], job.round, own)
+            payload = payload[:end]
+        found = layout.form.decode(payload, job.round) if layout.form.schema else {}
+        params, buffers, extra = layout.parted(found, server.params)
+        params = {**ranks.padded(params, level), **buffers, **remainders}
+        if (job.clip_norm is None) != (server.clip_norm is None):
+            raise PayloadError(
+                "malformed",
+                f"the clipping norm of round {job.round + 1} is {job.clip_norm}: run one version "
+                "on both ends",
+            )
+        extra = ranks.padded_each(extra, level)
+        return Broadcast(params, extra, job.clip_norm), remainders
 
     def _dataset(self, client: int) -> Any:
         if client not in self._data:

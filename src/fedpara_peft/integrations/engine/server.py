@@ -11,10 +11,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ...comm.schema import schema_of
 from ...federation.arguments import FederatedArguments
-from ...federation.backend import Backend
 from ...federation.client.evaluation import Evaluator, Metrics
 from ...federation.client.local import LocalTrainer
+from ...federation.client.trainers.given import LocalTrainerFactory, given_trainer
 from ...federation.crew import Crew
 from ...federation.data.batches import Collator
 from ...federation.data.fingerprint import base_facts, model_facts, settings_facts
@@ -26,17 +27,19 @@ from ...federation.observers.callbacks import FederatedCallback
 from ...federation.observers.trackers import Trackers
 from ...federation.precision import Precision
 from ...federation.run import Run
-from ...federation.secure.fit import require_plain
+from ...federation.secure.fit import require_possible
+from ...federation.server.averaging import ExactAverage
 from ...federation.server.channel import Channel
 from ...federation.server.ranks import GivenRanks, ranks_of
 from ...federation.server.round import RoundServer
 from ...federation.server.schedule import factor_blocks
 from ...federation.strategies import Strategy, as_strategy
 from .node import node_facts
+from .secure import Messenger, SecureNodes
 
 #: Makes the clients of a run from what decodes their payloads, the list of their numbers of
 #: examples (to be filled in), and what every node must have been given, by name.
-BackendOf = Callable[[RoundServer, list[int], Mapping[str, Any]], Backend]
+BackendOf = Callable[[RoundServer, list[int], Mapping[str, Any]], Messenger]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class ServerSetup:
         resume: continue from the newest checkpoint in ``output_dir``, if there is one.
         client_ranks: how many columns each client trains, as its node has it; see
             :mod:`~fedpara_peft.federation.server.ranks`.
+        local_trainer: what trains the clients on their nodes, as each of these has it; here it
+            trains nobody, and a node that was given another is refused.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -71,6 +76,7 @@ class ServerSetup:
     deadline_s: float = 600.0
     resume: bool = True
     client_ranks: GivenRanks | None = None
+    local_trainer: LocalTrainerFactory | None = None
 
 
 class FederationServer:
@@ -89,16 +95,9 @@ class FederationServer:
             raise ArgumentsError("compute_metrics has nothing to evaluate: give eval_data_fn")
         if setup.args.metric_for_best_model and not setup.eval_data_fn:
             raise ArgumentsError("metric_for_best_model has nothing to evaluate: give eval_data_fn")
-        if setup.args.exact_average:
+        if setup.args.unmask_drop_out_probability:
             raise ArgumentsError(
-                "exact_average is for simulations: nodes do not follow the remainders yet; use "
-                "factor_schedule='one_block', whose average is exact"
-            )
-        require_plain(setup.args, "nodes")
-        if setup.args.clip_target_quantile is not None:
-            raise ArgumentsError(
-                "clip_target_quantile has no way to nodes yet, which clip as the server does: use "
-                "a fixed clip_update_norm, or a simulation"
+                "unmask_drop_out_probability is of a simulation: nodes drop out by themselves"
             )
         if setup.args.client_seconds_sigma:
             raise ArgumentsError(
@@ -110,7 +109,10 @@ class FederationServer:
         self._trackers = Trackers(accelerator, args)
         self._model = setup.model_fn().to(accelerator.device)
         loss, collator = setup.compute_loss or DefaultLoss(args.label_column), setup.data_collator
-        self._local = LocalTrainer(self._model, args, accelerator, self._strategy, loss, collator)
+        self._given = given_trainer(setup.local_trainer, self._model, args, self._strategy)
+        self._local = local = LocalTrainer(
+            self._model, args, accelerator, self._strategy, loss, collator, given=self._given
+        )
         self._evaluator = Evaluator(
             accelerator, Precision.of(args.mixed_precision, accelerator), args.eval_batch_size,
             loss, setup.compute_metrics, collator, args.label_column, args.seed,
@@ -119,6 +121,11 @@ class FederationServer:
         clients = range(setup.num_clients)
         self._ranks = ranks_of(self._model, args, self._strategy, setup.client_ranks, clients)
         self._rank_facts = self._ranks.facts(clients)
+        if args.secure_aggregation:
+            require_possible(
+                args, self._strategy, args.cohort_size(len(clients)), schema_of(local.shared),
+                sorted(local.buffers), ranks=setup.client_ranks is not None,
+            )  # fmt: skip
 
     def run(self, clients: BackendOf, logger: logging.Logger) -> History:
         """Run all rounds with the clients of an engine.
@@ -135,7 +142,8 @@ class FederationServer:
         setup, local = self._setup, self._local
         args, strategy = setup.args, self._strategy
         everything = {**local.shared, **local.local}
-        facts = {**settings_facts(args, strategy), **model_facts(everything)}
+        of_steps = self._given.facts if self._given else {}
+        facts = {**settings_facts(args, strategy), **of_steps, **model_facts(everything)}
         num_examples = [1] * setup.num_clients  # until the nodes have said how many
         rounds = RoundServer(
             args,
@@ -144,10 +152,12 @@ class FederationServer:
             num_examples,
             local.first_server(),
             factor_blocks(self._model, args.factor_schedule),
+            exact=ExactAverage(self._model, local.first_server()) if args.exact_average else None,
         )
         expected = node_facts({**facts, **base_facts(self._model, everything)})
         facts |= self._rank_facts  # of which a node knows its own client's
-        backend = clients(rounds, num_examples, expected)
+        nodes = clients(rounds, num_examples, expected)
+        backend = SecureNodes(args, strategy, nodes) if args.secure_aggregation else nodes
         run = Run(
             args, strategy, backend, rounds, local, Crew(self._accelerator), self._trackers,
             setup.callbacks, None if self._eval_data is None else self._evaluate, facts, logger,

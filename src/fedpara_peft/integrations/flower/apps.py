@@ -14,13 +14,15 @@ from torch import nn
 from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
 from ...federation.client.evaluation import Metrics
+from ...federation.client.trainers.given import LocalTrainerFactory
 from ...federation.data.batches import Collator
 from ...federation.data.loss import LossFunction
 from ...federation.errors import ArgumentsError
 from ...federation.observers.callbacks import FederatedCallback
 from ...federation.server.ranks import GivenRanks
 from ...federation.strategies import Strategy
-from ..engine.node import Answer, Node, NodeSetup
+from ..engine.jobs import Answer
+from ..engine.node import Node, NodeSetup
 from ..engine.server import FederationServer, ServerSetup
 from .backend import FlowerBackend, logger
 from .late import LateNodes
@@ -45,6 +47,7 @@ def server_app(
     deadline_s: float = 600.0,
     resume: bool = True,
     client_ranks: GivenRanks | None = None,
+    local_trainer: LocalTrainerFactory | None = None,
 ) -> ServerApp:
     """The server of a federation.
 
@@ -67,6 +70,8 @@ def server_app(
         resume: continue from the newest checkpoint in ``output_dir``, if there is one.
         client_ranks: how many columns of every factor each client trains, by client index; what
             its node says must be the same, or what it sends is refused.
+        local_trainer: what trains the clients on their nodes; here it trains nobody, and a node
+            that was given another is refused.
     """
     app = ServerApp()
 
@@ -84,6 +89,7 @@ def server_app(
             deadline_s,
             resume,
             client_ranks,
+            local_trainer,
         )
         kind = FlowerBackend if setup.args.buffer_size is None else LateNodes
         FederationServer(setup).run(
@@ -109,6 +115,7 @@ def client_app(
     worker: bool = False,
     worker_idle_s: float = 600.0,
     client_ranks: GivenRanks | None = None,
+    local_trainer: LocalTrainerFactory | None = None,
 ) -> ClientApp:
     """A client of a federation, on its node.
 
@@ -128,6 +135,9 @@ def client_app(
             are loaded once; Flower starts a new process for every message.
         worker_idle_s: seconds without a message after which that process ends.
         client_ranks: how many columns of every factor the node's client trains, by client index.
+        local_trainer: what trains the client, the server's own: transformers' ``Trainer``, trl's
+            ``SFTTrainer`` or the like with its ``args`` (a ``functools.partial``), or
+            ``(model, dataset, client, round) -> trainer``.
     """
     app = ClientApp()
     made: list[tuple[NodeSetup, Node]] = []
@@ -148,6 +158,7 @@ def client_app(
             compute_loss,
             data_collator,
             client_ranks,
+            local_trainer,
         )
         if worker:
             return RemoteNode(setup, worker_idle_s)

@@ -17,8 +17,10 @@ from ...federation.server.round import RoundServer
 from ...federation.state import Outcome, ServerState
 from ..engine.answers import check_came, outcome_of, refused
 from ..engine.backend import OnNodes
+from ..engine.jobs import Answer, Job
+from ..engine.secure import Answers
 from .directory import Directory
-from .exchange import Pending, collect, dispatch
+from .exchange import Pending, Replies, collect, dispatch
 from .messages import job_record, read_answer
 
 logger = logging.getLogger("flwr.fedpara")
@@ -51,6 +53,7 @@ class FlowerBackend(OnNodes):
         self._grid = grid
         self._directory = Directory(grid, len(num_examples), deadline_s, expected)
         self._pending = Pending()
+        self._asked: list[int] = []
 
     def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
         """Take up the run's name, and wait for the nodes.
@@ -65,20 +68,29 @@ class FlowerBackend(OnNodes):
 
     def send(self, opened: OpenRound) -> Collection[int]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        clients = set(opened.reporting)
+        return self.post(opened, {client: self._job(opened, client) for client in opened.reporting})
+
+    def post(self, opened: OpenRound, jobs: Mapping[int, Job]) -> Collection[int]:
+        """Send clients their jobs; to whom one went."""
+        clients, self._asked = set(jobs), list(jobs)
         if clients and not self._directory.wait_for(clients, self._deadline_s, all=False):
             logger.warning("round %d: no sampled client is connected", opened.number + 1)
-        jobs = {}
-        for client in opened.reporting:
-            jobs[client] = job_record(self._job(opened, client))
+        records = {client: job_record(job) for client, job in jobs.items()}
         group = str(opened.number + 1)
-        self._pending = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
+        self._pending = dispatch(self._grid, self._directory, records, group, self._deadline_s)
         return list(self._pending.expected.values())
+
+    def heard(self, opened: OpenRound) -> Answers:
+        """What they answer until all have, or the deadline has passed."""
+        replies = collect(self._grid, self._directory, self._pending)
+        self._tell_of_silent(opened, self._asked, replies.content)
+        return Answers({c: read(found) for c, found in replies.content.items()}, replies.refused)
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
         replies = collect(self._grid, self._directory, self._pending)
-        self._tell_of_silent(opened, replies.content)
+        self._send_whole(opened, replies)
+        self._tell_of_silent(opened, opened.reporting, replies.content)
         for client in opened.reporting:
             if client in replies.content:
                 yield self._outcome(opened, client, replies.content[client])
@@ -86,12 +98,23 @@ class FlowerBackend(OnNodes):
             reported = beside.client in replies.content
             yield Outcome(beside.client, refused=beside, reported=reported)
 
+    def _send_whole(self, opened: OpenRound, replies: Replies) -> None:
+        """Ask clients that have lost their remainders once more; they have a deadline anew."""
+        answers = {client: read(content) for client, content in replies.content.items()}
+        jobs = {c: job_record(job) for c, job in self._whole_jobs(opened, answers).items()}
+        if jobs:
+            group = str(opened.number + 1)
+            again = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
+            self._count_whole(opened, again.expected.values())
+            more = collect(self._grid, self._directory, again)
+            replies.content.update(more.content)
+            replies.beside.extend(more.beside)
+
     def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
         """What a client sent, used or refused by name."""
-        try:
-            answer = read_answer(content)
-        except PayloadError as error:
-            return refused(client, error)
+        answer = read(content)
+        if isinstance(answer, PayloadError):
+            return refused(client, answer)
         return outcome_of(self._rounds, opened, client, answer)
 
     def _introduce(self) -> None:
@@ -105,3 +128,11 @@ class FlowerBackend(OnNodes):
         )  # fmt: skip
         for client, count in directory.num_examples.items():
             self.num_examples[client] = count
+
+
+def read(content: RecordDict) -> Answer | PayloadError:
+    """An answer, or why it is none."""
+    try:
+        return read_answer(content)
+    except PayloadError as error:
+        return error

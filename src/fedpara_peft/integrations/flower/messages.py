@@ -12,8 +12,8 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import count, malformed, steps
-from ..engine.node import Answer, Job
+from ..engine.answers import as_bytes, count, malformed, positive, steps
+from ..engine.jobs import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
 _STYPE = "safetensors"
@@ -21,8 +21,16 @@ _STYPE = "safetensors"
 
 def job_record(job: Job) -> RecordDict:
     """A job as records."""
-    facts = asdict(job) | {"needed": list(job.needed)}
-    return _with_payload(facts.pop("payload"), {"job": ConfigRecord(facts)})
+    facts = asdict(job) | {"needed": list(job.needed), "missed": list(job.missed)}
+    payload = facts.pop("payload")
+    secure = {name: facts.pop(name) for name in ("wants", "cohort", "message")}
+    for name in ("missed", "clip_norm"):  # not of every run; and a record has no None
+        if not facts[name]:
+            del facts[name]
+    records = {"job": ConfigRecord(facts)}
+    if job.wants:
+        records["secure"] = ConfigRecord(secure | {"cohort": list(job.cohort)})
+    return _with_payload(payload, records)
 
 
 def read_job(content: RecordDict) -> Job:
@@ -33,12 +41,18 @@ def read_job(content: RecordDict) -> Job:
     """
     try:
         facts = content["job"]
+        secure = content.get("secure", {})
         return Job(
             run=str(facts["run"]),
             round=count(facts["round"]),
             kept=count(facts["kept"]),
             needed=tuple(map(count, facts["needed"])),
             payload=_payload(content),
+            missed=tuple(map(count, facts.get("missed", []))),
+            clip_norm=positive(facts.get("clip_norm")),
+            wants=str(secure.get("wants", "")),
+            cohort=tuple(map(count, secure.get("cohort", []))),
+            message=as_bytes(secure.get("message", b"")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
@@ -50,6 +64,8 @@ def answer_record(answer: Answer) -> RecordDict:
     metrics: dict[str, Any] = {
         "num_examples": answer.num_examples, "train_loss": answer.train_loss
     }  # fmt: skip
+    if answer.terms is not None:
+        metrics["terms"] = answer.terms
     if answer.steps:
         metrics["steps"] = [float(value) for value in answer.steps]
     return _with_payload(
@@ -71,6 +87,7 @@ def read_answer(content: RecordDict) -> Answer:
             train_loss=float(metrics["train_loss"]),
             payload=_payload(content),
             steps=steps(metrics.get("steps", [])),
+            terms=positive(metrics.get("terms")),
             reason=str(facts["reason"]),
             message=str(facts["message"]),
         )
@@ -107,7 +124,4 @@ def _with_payload(payload: bytes, records: dict[str, Any]) -> RecordDict:
 
 
 def _payload(content: RecordDict) -> bytes:
-    data = content["payload"]["data"].data
-    if not isinstance(data, bytes):
-        raise TypeError("the payload is not bytes")
-    return data
+    return as_bytes(content["payload"]["data"].data)

@@ -30,7 +30,8 @@ from typing import Any
 from filelock import FileLock
 
 from ...federation.errors import ArgumentsError, RoundError
-from ..engine.node import Answer, Introduction, Job, Node, NodeSetup, client_folder
+from ..engine.jobs import Answer, Introduction, Job
+from ..engine.node import Node, NodeSetup, client_folder
 
 _MAIN = "from fedpara_peft.integrations.flower.worker import main; main()"
 _START_S = 300.0
@@ -59,7 +60,7 @@ class RemoteNode:
 
     def train(self, client: int, job: Job) -> Answer:
         """Train a client for a round."""
-        facts = asdict(job)
+        facts = asdict(job) | {"message": job.message.hex()}
         payload = facts.pop("payload")
         found, data = self._ask(client, {"do": "train", "job": facts}, payload)
         return Answer(**found, payload=data)
@@ -159,9 +160,9 @@ def _serve(node: Node, connection: Connection) -> None:
             found = asdict(node.introduce(client))
         else:
             facts = request["job"]
-            answer = node.train(
-                client, Job(**{**facts, "needed": tuple(facts["needed"])}, payload=payload)
-            )
+            facts |= {name: tuple(facts[name]) for name in ("needed", "missed", "cohort")}
+            facts["message"] = bytes.fromhex(facts["message"])
+            answer = node.train(client, Job(**facts, payload=payload))
             found = asdict(answer)
             data = found.pop("payload")
     except Exception as error:

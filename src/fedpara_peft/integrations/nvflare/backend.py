@@ -19,6 +19,8 @@ from ...federation.server.round import RoundServer
 from ...federation.state import Outcome, ServerState
 from ..engine.answers import check_came, outcome_of, refused
 from ..engine.backend import OnNodes
+from ..engine.jobs import Answer, Job
+from ..engine.secure import Answers
 from .messages import INTRODUCE, TRAIN, job_message, read_answer, read_introduction
 from .sites import Heard, Sites
 
@@ -56,6 +58,7 @@ class FlareBackend(OnNodes):
         self._unlike: dict[int, str] = {}
         self._replies: queue.Queue[Heard] = queue.Queue()
         self._asked: dict[int, Callable[[], None]] = {}
+        self._wanted: list[int] = []
         self._end = 0.0
 
     def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
@@ -81,34 +84,56 @@ class FlareBackend(OnNodes):
 
     def send(self, opened: OpenRound) -> Collection[int]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        return self.post(opened, {client: self._job(opened, client) for client in opened.reporting})
+
+    def post(self, opened: OpenRound, jobs: Mapping[int, Job]) -> Collection[int]:
+        """Send clients their jobs; to whom one went."""
         while not self._late.empty():
             self._meet(*self._late.get())
-        self._replies, self._asked = queue.Queue(), {}  # answers to former rounds go nowhere
-        for client in opened.reporting:
-            if client in self._present:
-                message = job_message(self._job(opened, client))
-                self._asked[client] = self._sites.ask(TRAIN, client, message, self._replies.put)
-        self._end = time.monotonic() + self._deadline_s
-        return list(self._asked)
+        self._wanted = list(jobs)
+        here = {client: job for client, job in jobs.items() if client in self._present}
+        self._ask(here)
+        return list(here)
+
+    def heard(self, opened: OpenRound) -> Answers:
+        """What they answer until all have, or the deadline has passed."""
+        came = self._came()
+        self._tell_of_silent(opened, self._wanted, came)
+        return Answers({client: read(message) for client, message in came.items()})
 
     def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        answers = {client: read(message) for client, message in self._came().items()}
+        if jobs := self._whole_jobs(opened, answers):  # they have a deadline anew
+            self._ask(jobs)
+            self._count_whole(opened, jobs)
+            answers |= {client: read(message) for client, message in self._came().items()}
+        self._tell_of_silent(opened, opened.reporting, answers)
+        for client in opened.reporting:
+            if client not in answers:
+                continue
+            answer = answers[client]
+            if isinstance(answer, PayloadError):
+                yield refused(client, answer)
+            else:
+                yield outcome_of(self._rounds, opened, client, answer)
+
+    def _ask(self, jobs: Mapping[int, Job]) -> None:
+        """Give sites their jobs, and a deadline."""
+        self._replies = queue.Queue()  # answers to former rounds go nowhere
+        heard = self._replies.put
+        self._asked = {
+            c: self._sites.ask(TRAIN, c, job_message(job), heard) for c, job in jobs.items()
+        }
+        self._end = time.monotonic() + self._deadline_s
+
+    def _came(self) -> dict[int, Shareable]:
+        """What those that were asked answer in time."""
         heard = dict(self._sites.heard(self._replies, set(self._asked), self._end))
         for client, take_back in self._asked.items():
             if client not in heard:
                 take_back()
-        came = {client: message for client, message in heard.items() if message is not None}
-        self._tell_of_silent(opened, came)
-        for client in opened.reporting:
-            if client in came:
-                yield self._outcome(opened, client, came[client])
-
-    def _outcome(self, opened: OpenRound, client: int, message: Shareable) -> Outcome:
-        try:
-            answer = read_answer(message)
-        except PayloadError as error:
-            return refused(client, error)
-        return outcome_of(self._rounds, opened, client, answer)
+        return {client: message for client, message in heard.items() if message is not None}
 
     def _meet(self, client: int, message: Shareable | None) -> None:
         """Take up a site that says what it has, if it was given the same run."""
@@ -127,3 +152,11 @@ class FlareBackend(OnNodes):
             return
         self._present.add(client)
         self.num_examples[client] = own.num_examples
+
+
+def read(message: Shareable) -> Answer | PayloadError:
+    """An answer, or why it is none."""
+    try:
+        return read_answer(message)
+    except PayloadError as error:
+        return error

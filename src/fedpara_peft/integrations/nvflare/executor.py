@@ -14,7 +14,8 @@ from nvflare.apis.signal import Signal
 
 from ...comm.errors import PayloadError
 from ...federation.errors import ArgumentsError
-from ..engine.node import Answer, Node, NodeSetup
+from ..engine.jobs import Answer
+from ..engine.node import Node, NodeSetup
 from .messages import INTRODUCE, TRAIN, answer_message, introduction_message, read_job
 from .named import made_by
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import count, malformed, steps
-from ..engine.node import Answer, Introduction, Job
+from ..engine.answers import as_bytes, count, malformed, positive, steps
+from ..engine.jobs import Answer, Introduction, Job
 
 #: Names of the tasks.
 INTRODUCE, TRAIN = "fedpara_introduce", "fedpara_train"
@@ -21,7 +21,8 @@ INTRODUCE, TRAIN = "fedpara_introduce", "fedpara_train"
 
 def job_message(job: Job) -> Shareable:
     """A job as a message."""
-    return Shareable(asdict(job) | {"needed": list(job.needed)})
+    lists = {name: list(getattr(job, name)) for name in ("needed", "missed", "cohort")}
+    return Shareable(asdict(job) | lists)
 
 
 def read_job(message: Mapping[str, Any]) -> Job:
@@ -36,7 +37,12 @@ def read_job(message: Mapping[str, Any]) -> Job:
             round=count(message["round"]),
             kept=count(message["kept"]),
             needed=tuple(map(count, message["needed"])),
-            payload=_payload(message),
+            payload=as_bytes(message["payload"]),
+            missed=tuple(map(count, message["missed"])),
+            clip_norm=positive(message["clip_norm"]),
+            wants=str(message["wants"]),
+            cohort=tuple(map(count, message["cohort"])),
+            message=as_bytes(message["message"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("job", error) from None
@@ -58,8 +64,9 @@ def read_answer(message: Mapping[str, Any]) -> Answer:
             round=count(message["round"]),
             num_examples=count(message["num_examples"]),
             train_loss=float(message["train_loss"]),
-            payload=_payload(message),
+            payload=as_bytes(message["payload"]),
             steps=steps(message["steps"]),
+            terms=positive(message["terms"]),
             reason=str(message["reason"]),
             message=str(message["message"]),
         )
@@ -89,10 +96,3 @@ def read_introduction(message: Mapping[str, Any]) -> Introduction:
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise malformed("introduction", error) from None
-
-
-def _payload(message: Mapping[str, Any]) -> bytes:
-    data = message["payload"]
-    if not isinstance(data, bytes):
-        raise TypeError("the payload is not bytes")
-    return data

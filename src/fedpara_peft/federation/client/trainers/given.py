@@ -190,6 +190,16 @@ class GivenTrainer:
         _check_args(args)
 
 
+def given_trainer(
+    given: LocalTrainerFactory | None,
+    model: nn.Module,
+    args: FederatedArguments,
+    strategy: Strategy,
+) -> GivenTrainer | None:
+    """A :class:`GivenTrainer`; None where none was given."""
+    return None if given is None else GivenTrainer(given, model, args, strategy)
+
+
 def _trainers() -> tuple[type[Any], ...]:
     """Transformers' ``Trainer``, if anybody has imported it: with it come datasets and pandas."""
     module = sys.modules.get("transformers.trainer")

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ....comm.payload import Format, Payload, PayloadSize
+from ....comm.errors import PayloadError
+from ....comm.payload import Format, Payload
 from ....comm.schema import Schema, schema_of
 from ....comm.state import State
 from ....maths.compose import Half
@@ -60,15 +61,25 @@ class CatchUp:
     """What a client is sent beside w_t, so that its remainders become the server's.
 
     Attributes:
-        form: the payload's format.
+        since: the round of the remainders that terms are added to; at 0 they are zero.
+        form: the payload's format; of an empty schema where nothing has moved them.
         rounds: by round, how many states its terms have; None where R itself is sent.
     """
 
+    since: int
     form: Format
     rounds: Mapping[int, int] | None
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a client must know to read it: since, length in bytes, each round and its count."""
+        pairs = (self.rounds or {}).items()
+        return (self.since, len(self.form.size), *(n for pair in pairs for n in pair))
+
     def encode(self, server: ServerState) -> Payload:
-        """The payload."""
+        """The payload; nothing is sent for nothing."""
+        if not self.form.schema:
+            return Payload(b"")
         return self.form.encode(self._state(server), server.round)
 
     def decode(self, data: bytes, round: int) -> State | list[Terms]:
@@ -77,6 +88,8 @@ class CatchUp:
         Raises:
             PayloadError: it is not what was agreed on.
         """
+        if not self.form.schema:
+            return []
         state = self.form.decode(data, round)
         if self.rounds is None:
             return state
@@ -138,6 +151,7 @@ class ExactAverage:
             )
         self._schema = schema_of({n: server.params[n] for n in self._factors})
         self._dense = schema_of({n: server.params[n] for n in self._products})
+        self._device = server.params[next(iter(self._products))].device
 
     def after(
         self, before: ServerState, ended: ServerState, mean: State, taken: Mapping[int, State],
@@ -191,26 +205,85 @@ class ExactAverage:
         """The factors of a state."""
         return {n: state[n] for n in self._factors}
 
-    def catch_up(self, server: ServerState, client: int) -> CatchUp | None:
-        """What brings a client's remainders up to date; None where they are."""
-        since = server.remainders.seen.get(client, 0)
-        if since == server.round:
-            return None
+    def catch_up(self, server: ServerState, client: int, *, whole: bool = False) -> CatchUp:
+        """What brings a client's remainders up to date; nothing to send where they are.
+
+        Args:
+            server: between two rounds.
+            client: client index.
+            whole: all of it, for a client that has lost what it had.
+        """
+        since = 0 if whole else server.remainders.seen.get(client, 0)
         kept = {terms.round: len(terms.states) for terms in server.remainders.terms}
         rounds = {number: count for number, count in kept.items() if number >= since}
-        # A round that nobody's update was used in has moved nothing, and has no terms.
-        if not rounds and since >= server.remainders.complete_from:
-            return None
         dense = self._format(None)
         if since < server.remainders.complete_from:
-            return CatchUp(dense, None)
+            return CatchUp(since, dense, None)
+        # A round that nobody's update was used in has moved nothing, and has no terms.
         form = self._format(tuple(rounds.items()))
-        return CatchUp(form, rounds) if len(form.size) < len(dense.size) else CatchUp(dense, None)
+        if len(form.size) < len(dense.size):
+            return CatchUp(since, form, rounds)
+        return CatchUp(since, dense, None)
 
-    def size(self, server: ServerState, client: int) -> PayloadSize:
-        """The length of what :meth:`catch_up` gives."""
-        found = self.catch_up(server, client)
-        return PayloadSize(0, 0) if found is None else found.form.size
+    def told(self, numbers: Sequence[int], round: int) -> CatchUp:
+        """What the server means by :attr:`CatchUp.numbers`.
+
+        Args:
+            numbers: as they came.
+            round: rounds completed.
+
+        Raises:
+            PayloadError: they are no such numbers.
+        """
+        since, size, *pairs = numbers if len(numbers) > 1 else (-1, 0)
+        rounds = dict(zip(pairs[::2], pairs[1::2], strict=False))
+        each = sum(entry.num_bytes for entry in self._schema.values())
+        sound = 0 <= since <= round and 2 * len(rounds) == len(pairs)
+        sound &= list(rounds) == sorted(n for n in rounds if since <= n < round)
+        # Before a format is made of them: numbers that claim more than came cost nothing.
+        if sound and sum(rounds.values()) * each <= size:
+            dense = bool(size) and not rounds
+            form = self._format(None if dense else tuple(rounds.items()))
+            if len(form.size) == size:
+                return CatchUp(since, form, None if dense else rounds)
+        raise PayloadError(
+            "malformed",
+            f"the remainders' terms are told as {list(numbers)!r:.80} in round {round + 1}: run "
+            "one version on both ends",
+        )
+
+    def followed(self, caught: CatchUp, data: bytes, round: int, own: State) -> State:
+        """A client's remainders once it has what it was sent.
+
+        Args:
+            caught: what that is.
+            data: the payload.
+            round: rounds completed.
+            own: its remainders as of ``caught.since``; empty: it has none.
+
+        Raises:
+            PayloadError: the payload is not what was agreed on, or the client has lost what it is
+                to be added to.
+        """
+        found = caught.decode(data, round)
+        if not isinstance(found, list):
+            return self._placed(found)
+        if not caught.since:
+            own = {name: torch.zeros(e.shape, dtype=e.dtype) for name, e in self._dense.items()}
+        elif schema_of(own) != self._dense:
+            raise PayloadError(
+                "behind",
+                f"the client does not have the remainders of round {caught.since + 1}, in which "
+                "its update was used: it needs them whole",
+            )
+        own = self._placed(own)
+        for terms in found:
+            states = tuple(map(self._placed, terms.states))
+            own = self.moved(own, dataclasses.replace(terms, states=states))
+        return own
+
+    def _placed(self, state: State) -> State:
+        return {name: tensor.to(self._device) for name, tensor in state.items()}
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (as long-lived as the run)
     def _format(self, rounds: tuple[tuple[int, int], ...] | None) -> Format:

@@ -13,6 +13,10 @@ client. ε is computed by ``dp-accounting``, for what ``client_sampling`` is:
 
 It is meant for those who see global models: cohorts,
 losses and evaluations in a run's folder carry no noise, and its checkpoints hold the noise's seed.
+
+Where clients add the noise, ``dp_mode`` says how: ``local``, each all of it to its own update, or
+``distributed``, each a share of the sum's. Then ε is against the server, which knows who takes
+part: of T rounds that a client was in, no amplification by sampling; of exchanging it, as above.
 """
 
 from __future__ import annotations
@@ -28,6 +32,19 @@ from ...arguments import FederatedArguments
 from ...errors import ArgumentsError
 from ...random import torch_generator
 from .adaptive_clip import AdaptiveClip
+
+
+def require_protected(names: list[str]) -> None:
+    """Raise where something travels that no noise would protect.
+
+    Raises:
+        ArgumentsError: there are such names.
+    """
+    if names:
+        raise ArgumentsError(
+            f"{len(names)} tensors that travel would not be protected, first {names[:2]}: use "
+            "group norm instead of batch norm, and a strategy that sends updates alone"
+        )
 
 
 def noise_seed(args: FederatedArguments) -> int | None:
@@ -67,17 +84,14 @@ class GaussianMechanism:
                 "dp_noise_multiplier needs an accountant: pip install 'fedpara-peft[privacy]'"
             ) from None
         self._accounting: Any = dp_accounting
-        if names:
-            raise ArgumentsError(
-                f"{len(names)} tensors that travel would not be protected, first {names[:2]}: use "
-                "group norm instead of batch norm, and a strategy that sends updates alone"
-            )
-        if args.client_sampling == "weighted":
+        require_protected(names)
+        self._central = args.noise_mode == "central"
+        if self._central and args.client_sampling == "weighted":
             raise ArgumentsError(
                 "dp_noise_multiplier needs client_sampling='uniform' or 'poisson': of clients that "
                 "are drawn by their examples no ε is known"
             )
-        if args.dp_accountant == "pld" and args.client_sampling != "poisson":
+        if self._central and args.dp_accountant == "pld" and args.client_sampling != "poisson":
             raise ArgumentsError(
                 "dp_accountant='pld' needs client_sampling='poisson': privacy loss distributions "
                 "are known of clients that are drawn each by itself; or use dp_accountant='rdp'"
@@ -128,6 +142,8 @@ class GaussianMechanism:
         """A round as the library describes it."""
         library, noise = self._accounting, self._args.dp_noise_multiplier
         population, cohort = self._size
+        if not self._central:
+            return library.GaussianDpEvent(noise / 2)
         if self._args.client_sampling == "poisson":
             return library.PoissonSampledDpEvent(
                 cohort / population, library.GaussianDpEvent(noise)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import operator
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Literal, get_args
 
 from peft import PeftConfig, TaskType
 
-from ..maths.errors import RankError
-from ..maths.parameterizations import PARAMETERIZATIONS, Parameterization, get_parameterization
-from ..maths.rank import check_gamma, check_rank
-from ..maths.starts.named import STARTS, Start
-from ._peft import FEDPARA
-from .errors import ConfigError
+from ...maths.errors import RankError
+from ...maths.parameterizations import PARAMETERIZATIONS, Parameterization, get_parameterization
+from ...maths.rank import check_gamma, check_rank
+from ...maths.starts.named import STARTS, Start
+from .._peft import FEDPARA
+from ..errors import ConfigError
+from .values import integer, is_one_of, names_of, pattern_of, real
 
 BaseWeight = Literal["frozen", "replaced", "seeded"]
 Bias = Literal["none", "all", "fedpara_only"]
@@ -187,31 +183,31 @@ class FedParaConfig(PeftConfig):
 
     def _check_types(self) -> None:
         for name in ("target_modules", "exclude_modules", "local_modules"):
-            setattr(self, name, _names(name, getattr(self, name), set))
-        self.modules_to_save = _names("modules_to_save", self.modules_to_save, list)
+            setattr(self, name, names_of(name, getattr(self, name), set))
+        self.modules_to_save = names_of("modules_to_save", self.modules_to_save, list)
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}"
             )
-        self.r = _integer("r", self.r)
-        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _integer)
-        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _real)
-        self.base_seed = _integer("base_seed", self.base_seed)
-        self.response = _real("response", self.response)
+        self.r = integer("r", self.r)
+        self.rank_pattern = pattern_of("rank_pattern", self.rank_pattern, integer)
+        self.alpha_pattern = pattern_of("alpha_pattern", self.alpha_pattern, real)
+        self.base_seed = integer("base_seed", self.base_seed)
+        self.response = real("response", self.response)
         for name in ("gamma", "alpha"):
             value = getattr(self, name)
-            setattr(self, name, None if value is None else _real(name, value))
+            setattr(self, name, None if value is None else real(name, value))
         for name in ("rank_dropout", "module_dropout"):
-            setattr(self, name, _real(name, getattr(self, name)))
+            setattr(self, name, real(name, getattr(self, name)))
         for name in ("use_effective_conv2d", "use_rslora", "remainder"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        self.layers_pattern = _names("layers_pattern", self.layers_pattern, list)
+        self.layers_pattern = names_of("layers_pattern", self.layers_pattern, list)
         indices = self.layers_to_transform
         if isinstance(indices, list | tuple | set | range):
-            self.layers_to_transform = [_integer("layers_to_transform", i) for i in indices]
+            self.layers_to_transform = [integer("layers_to_transform", i) for i in indices]
         elif indices is not None:
-            self.layers_to_transform = _integer("layers_to_transform", indices)
+            self.layers_to_transform = integer("layers_to_transform", indices)
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -221,7 +217,7 @@ class FedParaConfig(PeftConfig):
             ("bias", get_args(Bias)),
             ("compute_path", get_args(ComputePath)),
         ):
-            if not _is_one_of(getattr(self, name), choices):
+            if not is_one_of(getattr(self, name), choices):
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) <= 1:
@@ -260,7 +256,7 @@ class FedParaConfig(PeftConfig):
 
     def _check_starts(self) -> None:
         start = self.init_weights
-        if not (isinstance(start, bool) or _is_one_of(start, STARTS)):
+        if not (isinstance(start, bool) or is_one_of(start, STARTS)):
             raise ConfigError(f"init_weights must be True, False or one of {STARTS}, got {start!r}")
         if isinstance(start, str) and (self.form.terms != ((0, 1),) or self.nonlinearity):
             raise ConfigError(
@@ -300,51 +296,3 @@ class FedParaConfig(PeftConfig):
                     f"{name}={value!r} has no meaning with base_weight={self.base_weight!r}: "
                     f"{instead}"
                 )
-
-
-def _integer(name: str, value: object) -> int:
-    """An integer of any library; a bool, a text or a float is none."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or _is_array(value):
-        raise ConfigError(f"{name} must be an integer, got {value!r}")
-    return operator.index(value)
-
-
-def _real(name: str, value: object) -> float:
-    """A finite number of any library."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    return value if isinstance(value, int | float) else float(value)
-
-
-def _is_array(value: object) -> bool:
-    return hasattr(value, "shape") and value.shape != ()
-
-
-def _is_one_of(value: object, choices: Iterable[object]) -> bool:
-    return any(
-        value is choice or (isinstance(value, str) and value == choice) for choice in choices
-    )
-
-
-def _names(name: str, value: Any, kind: type[set[str]] | type[list[str]]) -> Any:
-    """Names as a collection of one kind; a text (a name, a regex, a shorthand) and None as is."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, Collection) or not all(isinstance(one, str) for one in value):
-        raise ConfigError(f"{name} must be names or a text, got {value!r}")
-    return kind(value)
-
-
-def _pattern(name: str, value: Any, number: Callable[[str, object], Any]) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must map layer names or regexes to numbers, got {value!r}")
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ConfigError(
-                f"{name} has {pattern!r}, which is neither a name nor a regex ({error})"
-            ) from None
-    return {p: number(f"{name}[{p!r}]", v) for p, v in value.items()}

@@ -1,0 +1,49 @@
+"""Noise that a client adds to its own update, before anything of it leaves (``dp_mode="local"``).
+
+    Δ_i + N(0, (z C)² I),   ‖Δ_i‖ ≤ C
+
+Whatever follows (codecs, averages, aggregates that see single updates) works on what is protected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+
+import torch
+
+from ....comm.state import State
+from ...arguments import FederatedArguments
+from ...random import torch_generator
+from ...state import ClientUpdate
+
+
+def with_own_noise(
+    update: ClientUpdate, args: FederatedArguments, round: int, seed: int | None
+) -> ClientUpdate:
+    """An update that may be seen: clipped and noisy, and without its loss, which has no noise.
+
+    Args:
+        update: as trained.
+        args: the run's settings.
+        round: rounds completed.
+        seed: of the noise; None draws one that is nowhere else.
+    """
+    assert args.clip_update_norm is not None
+    seed = secrets.randbits(63) if seed is None else seed
+    std = args.dp_noise_multiplier * args.clip_update_norm
+    noisy = {}
+    for name, wide in clipped(update.update, args.clip_update_norm).items():
+        generator = torch_generator(seed, round, update.client, "own noise", name)
+        noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
+        like = update.update[name]
+        noisy[name] = (wide + std * noise).to(like.dtype).to(like.device)
+    return dataclasses.replace(update, update=noisy, train_loss=0.0)
+
+
+def clipped(state: State, norm: float) -> State:
+    """A state of norm at most so much, in 64 bits on the CPU; what is not finite stays so."""
+    wide = {name: tensor.detach().double().cpu() for name, tensor in state.items()}
+    norms = [torch.linalg.vector_norm(tensor) for tensor in wide.values()]
+    length = float(torch.stack(norms).norm()) if norms else 0.0
+    return wide if length <= norm else {n: t * (norm / length) for n, t in wide.items()}
