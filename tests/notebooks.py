@@ -53,6 +53,7 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
         cell.outputs = [
             output for output in cell.outputs if not (imports and output.get("name") == "stderr")
         ]
+        cell.outputs = _joined(cell.outputs)
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = None
@@ -61,6 +62,17 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
                 output.data = NotebookNode({richest: output.data[richest]})
                 output.metadata = NotebookNode()
     return notebook
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """What was printed one after the other is one text, however it came in."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if joined and "name" in output and output.name == joined[-1].get("name"):
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def shape(notebook: NotebookNode) -> list[list[str]]:
