@@ -16,8 +16,9 @@ from mkdocs.structure.pages import Page
 #: Folders of the repository that keep their place on the site, and what of them is shown.
 _SHOWN = ("benchmarks/RESULTS.md", "benchmarks/results/**/*.md", "benchmarks/results/**/*.png")
 _NOTEBOOKS = "examples/notebooks/*.ipynb"
-#: A table of results would be found for every word; the page that speaks of it is found instead.
-_UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
+#: Pages that have every word are found after those that explain it, and tables not at all: the page
+#: that speaks of a table is.
+_SEARCH = {"api.md": 0.2, "benchmarks/RESULTS.md": 0.5}
 _FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)\s#]+")
 _NAME = re.compile(r"(?<!\[)`([\w./-]+\.(?:md|ipynb))`(?!\])")
@@ -29,8 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     for path in sorted(found for pattern in _SHOWN for found in root.glob(pattern)):
         name = path.relative_to(root).as_posix()
         if path.suffix == ".md":
-            table = "" if path.name == "RESULTS.md" else _UNSEARCHED
-            _add(files, config, name, table + path.read_text(encoding="utf-8"))
+            _add(files, config, name, path.read_text(encoding="utf-8"))
         else:
             files.append(File.generated(config, name, abs_src_path=str(path)))
     for path in sorted(root.glob(_NOTEBOOKS)):
@@ -47,6 +47,10 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """What leads out of docs in the repository, or names a file of it, leads to its page here."""
     root = Path(config.docs_dir).parent
     uri = page.file.src_uri
+    if uri.startswith("benchmarks/results/"):
+        page.meta["search"] = {"exclude": True}
+    elif uri in _SEARCH:
+        page.meta["search"] = {"boost": _SEARCH[uri]}
     here = posixpath.dirname(uri if page.file.generated_by else f"docs/{uri}")
 
     def link(path: str) -> str | None:

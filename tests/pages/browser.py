@@ -106,14 +106,13 @@ class Browser:
             raise RuntimeError(found["exceptionDetails"]["exception"].get("description"))
         return found["result"].get("value")
 
-    def until(self, script: str, seconds: float = 30) -> Any:
-        """Wait for an expression that is true."""
+    def until(self, script: str, seconds: float = 30) -> None:
+        """Wait until an expression is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             if time.monotonic() > end:
                 raise TimeoutError(f"not within {seconds} s: {script}")
             time.sleep(0.05)
-        return value
 
     def type(self, text: str) -> None:
         """Type into what has the focus."""
