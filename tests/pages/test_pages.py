@@ -56,6 +56,15 @@ def is_table(page):
     return page.startswith("benchmarks/results/")
 
 
+def settled(browser, script):
+    """The faults that stay: a page that was turned is laid out anew in its own time."""
+    try:
+        browser.until(f"{script}.length == 0", seconds=5)
+    except TimeoutError:
+        return browser.run(script)
+    return []
+
+
 def follows(browser, dark):
     """Whether the page becomes dark, or light, as the system is."""
     channels = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)"
@@ -79,8 +88,8 @@ def checked(site, browser, address):
                 browser.run("new Promise(r => requestAnimationFrame(() => setTimeout(r, 50)))")
                 light = faults.get((page, screen, "light"))
                 faults[page, screen, scheme] = {  # colours move nothing
-                    "overflow": light["overflow"] if dark else browser.run(OVERFLOW),
-                    "broken": light["broken"] if dark else browser.run(BROKEN),
+                    "overflow": light["overflow"] if dark else settled(browser, OVERFLOW),
+                    "broken": light["broken"] if dark else settled(browser, BROKEN),
                     "colours": [] if follows(browser, dark) else ["not as the system's"],
                 }
     return faults
