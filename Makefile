@@ -15,7 +15,7 @@ EXTRA  = $(if $(findstring flower,$*),flower,nvflare)
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation docs test test-slow test-engines lint type check fmt clean \
+.PHONY: help install demo federation docs test test-slow test-pages test-engines notebooks lint type check fmt clean \
         bench bench-mnist bench-paper bench-finetune bench-flower bench-gpu bench-check
 
 help:  ## Show the targets
@@ -68,6 +68,12 @@ test: $(TESTS) lint type  ## Lint, types and the test suite
 
 test-slow: $(TESTS)  ## Kills, faults, hostile bytes, real processes (an hour); TABLES=1 writes what they find
 	$(BIN)/pytest -m slow $(if $(TABLES),--write-tables)
+
+test-pages: $(TESTS) $(DOCS)  ## The site and the reports in Chromium, desktop and phone; TABLES=1 writes what holds
+	$(BIN)/pytest -m pages -n 0 -rs $(if $(TABLES),--write-tables) tests/pages
+
+notebooks: $(TESTS)  ## Run the notebooks and write what they show into them
+	$(BIN)/pytest -n 0 tests/test_notebook_gallery.py --write-tables
 
 test-engines: $(ENGINES:%=test-%)  ## The engines' tests with the oldest and newest Flower, and NVIDIA FLARE
 

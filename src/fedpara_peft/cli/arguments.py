@@ -1,4 +1,4 @@
-"""What several subcommands have in common: how a parser looks, and how numbers are written."""
+"""What several subcommands have in common: how a parser looks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,3 @@ def new_parser(
     )
     parser.set_defaults(run=run)
     return parser
-
-
-def duration(seconds: float) -> str:
-    """A time as a reader takes it in."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.3g} s"

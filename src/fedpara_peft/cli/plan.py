@@ -13,14 +13,14 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..comm.codecs import codec_names
-from ..comm.ledger import PAPER_MEGABITS_PER_S, shown_bytes
+from ..comm.ledger import PAPER_MEGABITS_PER_S, shown_bytes, shown_s
 from ..federation.arguments import FederatedArguments
 from ..federation.server.plan import Plan, plan
 from ..federation.strategies import STRATEGIES
 from ..maths.parameterizations import PARAMETERIZATIONS
 from ..tuner.config import FedParaConfig
 from ..tuner.summary import fedpara_summary
-from .arguments import duration, new_parser
+from .arguments import new_parser
 from .errors import CommandError
 from .hub import empty_model, load_model_config
 
@@ -156,8 +156,8 @@ def run(args: argparse.Namespace) -> None:
     _print_bytes(planned, dense, args.rounds)
     for bandwidth in args.megabits_per_s:
         print(
-            f"transfers at {bandwidth:g} Mbit/s: {duration(planned.total_s(bandwidth))} "
-            f"(dense {duration(dense.total_s(bandwidth))}), computing left out"
+            f"transfers at {bandwidth:g} Mbit/s: {shown_s(planned.total_s(bandwidth))} "
+            f"(dense {shown_s(dense.total_s(bandwidth))}), computing left out"
         )
     if args.joules_per_bit is not None:
         ours, theirs = (p.energy_j(args.joules_per_bit) for p in (planned, dense))

@@ -46,6 +46,14 @@ def shown_bytes(num_bytes: float) -> str:
     return f"{num_bytes:,.0f} bytes"
 
 
+def shown_s(seconds: float) -> str:
+    """A time as a reader takes it in."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.3g} s"
+
+
 @dataclass(frozen=True)
 class Transfer:
     """One payload that was sent in a round (counted from 1) to or from a client."""

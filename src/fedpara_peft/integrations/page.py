@@ -18,9 +18,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #bbb; padding: .2rem .9rem .2rem 0; text-align: left;
          vertical-align: top; }
 td.n, th.n { text-align: right; } img { width: 100%; height: auto; }
-.wide { overflow-x: auto; } p.note { color: #444; margin: .2rem 0; }
+.wide { overflow-x: auto; } .wide td:first-child { white-space: nowrap; }
+.wide table { min-width: 40rem; } p.note { color: #444; margin: .2rem 0; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } .figure { overflow-x: auto; }
-       .figure img { width: auto; min-width: 40rem; } td, th { overflow-wrap: anywhere; } }
+       .figure img { width: auto; min-width: 40rem; } td:not(.wide *) { overflow-wrap: anywhere; } }
 @media screen and (prefers-color-scheme: dark) { body { color: #ddd; background: #000; }
        img { filter: invert(1); } p.note { color: #aaa; } th, td { border-color: #555; } }
 @media print { details { display: none; } h2 { break-after: avoid; } }

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...comm.ledger import PAPER_MEGABITS_PER_S, Direction, energy_j, shown_bytes, transfer_s
+from ...comm.ledger import (
+    PAPER_MEGABITS_PER_S,
+    Direction,
+    energy_j,
+    shown_bytes,
+    shown_s,
+    transfer_s,
+)
 from ...comm.schema import schema_of
 from ...comm.secure.messages import Kind, lengths
 from ...comm.state import State, communicated_state
@@ -76,7 +83,7 @@ class Plan:
         ]
         for bandwidth in PAPER_MEGABITS_PER_S:
             lines.append(
-                f"transfers at {bandwidth:g} Mbit/s: {self.total_s(bandwidth):,.0f} s, "
+                f"transfers at {bandwidth:g} Mbit/s: {shown_s(self.total_s(bandwidth))}, "
                 "computing left out"
             )
         return "\n".join(lines)
