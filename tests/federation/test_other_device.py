@@ -23,6 +23,10 @@ PLAIN = {
         "parameterization": "fedpara", "clip_update_norm": 1.0, "dp_noise_multiplier": 0.1,
         "dp_noise_seed": 7,
     },
+    "local noise": {
+        "parameterization": "fedpara", "clip_update_norm": 1.0, "dp_noise_multiplier": 0.1,
+        "dp_mode": "local", "dp_noise_seed": 7,
+    },
     "secure": {"secure_aggregation": True, "secure_clip": 0.5},
     "kept": {"optim": "adamw", "optimizer_state": "keep", "learning_rate": 0.01, "momentum": 0.0},
     "stacked": {"engine": "batched"},

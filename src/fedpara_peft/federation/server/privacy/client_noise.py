@@ -13,6 +13,7 @@ import secrets
 import torch
 
 from ....comm.state import State
+from ....maths.precision import wide
 from ...arguments import FederatedArguments
 from ...random import torch_generator
 from ...state import ClientUpdate
@@ -33,17 +34,17 @@ def with_own_noise(
     seed = secrets.randbits(63) if seed is None else seed
     std = args.dp_noise_multiplier * args.clip_update_norm
     noisy = {}
-    for name, wide in clipped(update.update, args.clip_update_norm).items():
+    for name, exact in clipped(update.update, args.clip_update_norm).items():
         generator = torch_generator(seed, round, update.client, "own noise", name)
-        noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
+        noise = torch.randn(exact.shape, generator=generator, dtype=exact.dtype)
         like = update.update[name]
-        noisy[name] = (wide + std * noise).to(like.dtype).to(like.device)
+        noisy[name] = (exact + std * noise).to(like.dtype).to(like.device)
     return dataclasses.replace(update, update=noisy, train_loss=0.0)
 
 
 def clipped(state: State, norm: float) -> State:
     """A state of norm at most so much, in 64 bits on the CPU; what is not finite stays so."""
-    wide = {name: tensor.detach().double().cpu() for name, tensor in state.items()}
-    norms = [torch.linalg.vector_norm(tensor) for tensor in wide.values()]
+    exact = {name: wide(tensor.detach()).cpu() for name, tensor in state.items()}
+    norms = [torch.linalg.vector_norm(tensor) for tensor in exact.values()]
     length = float(torch.stack(norms).norm()) if norms else 0.0
-    return wide if length <= norm else {n: t * (norm / length) for n, t in wide.items()}
+    return exact if length <= norm else {n: t * (norm / length) for n, t in exact.items()}
