@@ -17,6 +17,7 @@ from ...comm.schema import Schema
 from ...comm.secure.client import SecureClient
 from ...comm.secure.messages import Kind
 from ...federation.arguments import FederatedArguments
+from ...federation.folder.store import sync
 from ...federation.secure.fit import agreement_of
 from ...federation.secure.seal import Sealer
 from ...federation.strategies import Strategy
@@ -151,7 +152,7 @@ class _Secrets:
             ) from None
         facts = json.loads(taken.read_text())
         taken.unlink()
-        self._sync()  # a machine that goes down must not find it again
+        sync(self._folder)  # a machine that goes down must not find it again
         return facts, facts.pop("machine").encode()
 
     def clear(self) -> None:
@@ -161,10 +162,3 @@ class _Secrets:
                 old = time.time() - path.stat().st_mtime > _FORGOTTEN_S
                 if old or path.name.startswith(self._file.stem):
                     path.unlink()
-
-    def _sync(self) -> None:
-        handle = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
