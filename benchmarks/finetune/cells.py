@@ -72,12 +72,14 @@ ADAPTERS: dict[str, Any] = {
 }
 #: Ways to federate an adapter, beside the plain one, each with the adapters it is tried with.
 WAYS: dict[str, tuple[str, ...]] = {
-    "exact average": ("FedPara",),
     "ranks r/2, r, 2r": ("FedPara",),
     "int8": ("LoRA", "FedPara"),
     "int4": ("LoRA", "FedPara"),
+    "exact average": ("FedPara",),
     "one block": ("FedPara",),
 }
+#: Ways whose steps are others, so that their rates are tuned by themselves.
+OWN_RATES = ("exact average", "one block")
 #: Those that are trained by plain SGD as well.
 WITH_SGD = ("LoRA", "FedPara", "LoHa", EQUAL)
 
@@ -156,8 +158,9 @@ class Tune:
         return True
 
     def tuning(self, rates: Sequence[float]) -> list[Tune]:
-        """Runs of another seed; an adapter's rate is tuned once, for the plain way."""
-        base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds, way="plain")
+        """Runs of another seed; ways that step alike have the rate of the plain one."""
+        way = self.way if self.way in OWN_RATES else "plain"
+        base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds, way=way)
         return [replace(base, learning_rate=rate) for rate in rates]
 
     def key(self) -> str:

@@ -104,6 +104,7 @@ def ways(results: Results[Tune], scale: str, text: str) -> str:
         return ""
     lines = []
     for kind, rows in runs.items():
+        rate = results.tuned(kind).learning_rate
         a_round = statistics.mean(row["bytes"] / row["curve"][-1][0] for row in rows)
         reached = [sent_until(row["curve"], goal) for row, goal in zip(rows, goals, strict=False)]
         there = [sent for sent in reached if sent is not None]
@@ -111,19 +112,19 @@ def ways(results: Results[Tune], scale: str, text: str) -> str:
             kind.label.removesuffix(f", {kind.optim}"), f"{a_round / 1e6:,.2f}", losses(rows),
             ", ".join(map(shown, rows)),
             f"{statistics.mean(there) / 1e6:,.1f}" if there else "",
-            f"{len(there)} of {len(rows)}",
+            f"{len(there)} of {len(rows)}", f"{rate:g}",
         ])  # fmt: skip
     head = ["adapter, way", "MB a round", f"loss, {kinds[0].of.num_rounds} rounds", "every seed's",
-            "MB to LoRA's loss", "seeds that reach it"]  # fmt: skip
+            "MB to LoRA's loss", "seeds that reach it", "rate"]  # fmt: skip
     file = RESULTS.parent / f"finetune-{kinds[0].file}.png"
     curves = {(kind.adapter, kind.way): mean_curve(rows) for kind, rows in runs.items()}
     loss_for_bytes(curves, file, f"SmolLM2-135M over {kinds[0].of.num_clients} clients")
     return (
-        "How an adapter is federated; each has the rate that was tuned for the plain way. MB count "
-        "both directions. «MB to LoRA's loss»: until the held-out loss is that of the plain "
-        "LoRA's last round with the same seed, linear between evaluated rounds, mean of the seeds "
-        f"that reach it.\n\n{table(head, lines)}\n\n![held-out loss against rounds and "
-        f"megabytes]({file.name})"
+        "How an adapter is federated; ranks and codecs have the rate that was tuned for the plain "
+        "way, the others their own. MB count both directions. «MB to LoRA's loss»: until the "
+        "held-out loss is that of the plain LoRA's last round with the same seed, linear between "
+        f"evaluated rounds, mean of the seeds that reach it.\n\n{table(head, lines)}\n\n"
+        f"![held-out loss against rounds and megabytes]({file.name})"
     )
 
 
