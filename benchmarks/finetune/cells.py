@@ -50,6 +50,8 @@ SCALES = {
 }
 #: Rates that tuning begins with; LoRA's usual ones are among AdamW's.
 GRIDS = {"adamw": (3e-4, 1e-3, 3e-3), "sgd": (0.1, 0.3, 1.0)}
+#: Of the ways to federate, about what the plain one takes.
+WAYS_GRID = (3e-3, 1e-2, 3e-2)
 
 ZERO_Y = " with Y₂ = 0 for X₂"
 EQUAL = "FedPara, factors of one variance"
@@ -72,14 +74,13 @@ ADAPTERS: dict[str, Any] = {
 }
 #: Ways to federate an adapter, beside the plain one, each with the adapters it is tried with.
 WAYS: dict[str, tuple[str, ...]] = {
+    "exact average": ("FedPara",),
     "ranks r/2, r, 2r": ("FedPara",),
     "int8": ("LoRA", "FedPara"),
     "int4": ("LoRA", "FedPara"),
-    "exact average": ("FedPara",),
     "one block": ("FedPara",),
 }
-#: Ways whose steps are others, so that their rates are tuned by themselves.
-OWN_RATES = ("exact average", "one block")
+CODECS = ("int8", "int4")
 #: Those that are trained by plain SGD as well.
 WITH_SGD = ("LoRA", "FedPara", "LoHa", EQUAL)
 
@@ -150,7 +151,9 @@ class Tune:
     @property
     def grid(self) -> tuple[float, ...]:
         """Rates that tuning begins with."""
-        return GRIDS[self.optim] if self.adapter != "frozen" else (1e-3,)
+        if self.adapter == "frozen":
+            return (1e-3,)
+        return GRIDS[self.optim] if self.way in ("plain", *CODECS) else WAYS_GRID
 
     @property
     def grows(self) -> bool:
@@ -158,8 +161,8 @@ class Tune:
         return True
 
     def tuning(self, rates: Sequence[float]) -> list[Tune]:
-        """Runs of another seed; ways that step alike have the rate of the plain one."""
-        way = self.way if self.way in OWN_RATES else "plain"
+        """Runs of another seed; codecs have the rate of the plain way."""
+        way = "plain" if self.way in CODECS else self.way
         base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds, way=way)
         return [replace(base, learning_rate=rate) for rate in rates]
 

@@ -9,7 +9,7 @@ from typing import Any
 from pool import Results
 from report import table
 
-from .cells import ADAPTERS, GRIDS, RESULTS, SEEDS, TEXTS, WAYS, WITH_SGD, Tune
+from .cells import ADAPTERS, CODECS, GRIDS, RESULTS, SEEDS, TEXTS, WAYS, WITH_SGD, Tune
 from .pictures import loss_for_bytes
 
 ABOUT = {
@@ -44,7 +44,8 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         Tune(text, adapter, scale, optim)
         for optim in GRIDS
         for adapter in ADAPTERS
-        if optim == "adamw" or (adapter in WITH_SGD and scale == "gpu")
+        if scale == "gpu" or (optim == "adamw" and adapter in ("frozen", "LoRA", "FedPara"))
+        if optim == "adamw" or adapter in WITH_SGD
     ]
     of = kinds[0].of
     trained = [kind for kind in kinds if kind.adapter != "frozen"]
@@ -87,10 +88,12 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
         "nothing; gradients clipped at norm 1."
     )
     by_length = [name for n in lengths for name in (f"loss, {n} rounds", "every seed's")]
-    head = ["adapter", "parameters", "MB a round", *by_length, "rate"]
+    head = [f"adapter{at(kinds[0])}", "parameters", "MB a round", *by_length, "rate"]
     not_run = f"Not run: {'; '.join(absent)}." if absent else ""
     parts = [f"## {text}: {ABOUT[text]}", setting, table(head, lines), not_run]
-    parts += [ways(results, scale, text), tuning(results, kinds)]
+    own = [Tune(text, a, scale, way=way) for way, tried in WAYS.items() for a in tried]
+    own = [kind for kind in own if kind.way not in CODECS]
+    parts += [ways(results, scale, text), tuning(results, [*kinds, *own])]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -99,14 +102,14 @@ def ways(results: Results[Tune], scale: str, text: str) -> str:
     kinds = [Tune(text, adapter, scale) for adapter in ("LoRA", "FedPara")]
     kinds += [Tune(text, adapter, scale, way=way) for way, of in WAYS.items() for adapter in of]
     runs = {kind: rows for kind in kinds if (rows := found(results, kind))}
-    goals = [row["loss"] for row in runs.get(kinds[0], [])]
+    goals = {row["cell"]["seed"]: row["loss"] for row in runs.get(kinds[0], [])}
     if len(goals) < len(SEEDS) or len(runs) <= 2:
         return ""
     lines = []
     for kind, rows in runs.items():
         rate = results.tuned(kind).learning_rate
         a_round = statistics.mean(row["bytes"] / row["curve"][-1][0] for row in rows)
-        reached = [sent_until(row["curve"], goal) for row, goal in zip(rows, goals, strict=False)]
+        reached = [sent_until(row["curve"], goals[row["cell"]["seed"]]) for row in rows]
         there = [sent for sent in reached if sent is not None]
         lines.append([
             kind.label.removesuffix(f", {kind.optim}"), f"{a_round / 1e6:,.2f}", losses(rows),
@@ -114,14 +117,16 @@ def ways(results: Results[Tune], scale: str, text: str) -> str:
             f"{statistics.mean(there) / 1e6:,.1f}" if there else "",
             f"{len(there)} of {len(rows)}", f"{rate:g}",
         ])  # fmt: skip
-    head = ["adapter, way", "MB a round", f"loss, {kinds[0].of.num_rounds} rounds", "every seed's",
-            "MB to LoRA's loss", "seeds that reach it", "rate"]  # fmt: skip
+    head = [
+        f"adapter, way{at(kinds[0])}", "MB a round", f"loss, {kinds[0].of.num_rounds} rounds",
+        "every seed's", "MB to LoRA's loss", "seeds that reach it", "rate",
+    ]  # fmt: skip
     file = RESULTS.parent / f"finetune-{kinds[0].file}.png"
     curves = {(kind.adapter, kind.way): mean_curve(rows) for kind, rows in runs.items()}
     loss_for_bytes(curves, file, f"SmolLM2-135M over {kinds[0].of.num_clients} clients")
     return (
-        "How an adapter is federated; ranks and codecs have the rate that was tuned for the plain "
-        "way, the others their own. MB count both directions. «MB to LoRA's loss»: until the "
+        "How an adapter is federated; codecs have the rate that was tuned for the plain way, the "
+        "others their own. MB count both directions. «MB to LoRA's loss»: until the "
         "held-out loss is that of the plain LoRA's last round with the same seed, linear between "
         f"evaluated rounds, mean of the seeds that reach it.\n\n{table(head, lines)}\n\n"
         f"![held-out loss against rounds and megabytes]({file.name})"
@@ -166,8 +171,14 @@ def tuning(results: Results[Tune], kinds: list[Tune]) -> str:
     columns = sorted({rate for of in runs.values() for rate in of if rate is not None})
     lines = [[name, *(shown(of[rate]) if rate in of else "" for rate in columns)]
              for name, of in runs.items()]  # fmt: skip
-    head = ["held-out loss of the tuning runs", *(f"rate {rate:g}" for rate in columns)]
+    what = f"held-out loss of the tuning runs{at(kinds[0])}"
+    head = [what, *(f"rate {rate:g}" for rate in columns)]
     return table(head, lines)
+
+
+def at(kind: Tune) -> str:
+    """What tells the rows of another scale from those of the first, for whoever refers to one."""
+    return "" if kind.scale == "gpu" else f" ({kind.scale})"
 
 
 def found(results: Results[Tune], kind: Tune) -> list[dict[str, Any]]:
