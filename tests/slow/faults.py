@@ -26,7 +26,15 @@ def build():
     return get_peft_model(net, config)
 
 
-def trainer(folder, rounds=ROUNDS, strategy=None, callbacks=None, **settings):
+#: Ways to run a federation in which bad clients and kills are tried, too.
+MODES = {
+    "": {},
+    "secure aggregation": {"secure_aggregation": True, "secure_clip": 1.0},
+    "buffer of 4": {"buffer_size": 4, "client_seconds": [1.0, 4.0] * 5},
+}
+
+
+def trainer(folder, rounds=ROUNDS, strategy=None, callbacks=None, client_seconds=None, **settings):
     """Ten clients, all sampled in every round."""
     torch.manual_seed(1)
     x = torch.randn(400, 32)
@@ -35,7 +43,10 @@ def trainer(folder, rounds=ROUNDS, strategy=None, callbacks=None, **settings):
         folder, num_rounds=rounds, learning_rate=0.2, max_grad_norm=2.0, disable_tqdm=True,
         save_every=2, **settings,
     )  # fmt: skip
-    return FederatedTrainer(build(), args, clients, strategy=strategy, callbacks=callbacks)
+    return FederatedTrainer(
+        build(), args, clients, strategy=strategy, callbacks=callbacks,
+        client_seconds=client_seconds,
+    )  # fmt: skip
 
 
 def spoilt(run, clients, change, beside=False):
@@ -66,7 +77,8 @@ class Tells(FederatedCallback):
         self.pipe.send(report.round)
 
 
-def resumable(folder, pipe):
+def resumable(folder, pipe, mode):
     """A run that is going to be killed."""
     torch.set_num_threads(1)
-    trainer(folder, KILLED_ROUNDS, callbacks=[Tells(pipe)]).train(resume_from_checkpoint=True)
+    run = trainer(folder, KILLED_ROUNDS, callbacks=[Tells(pipe)], **MODES[mode])
+    run.train(resume_from_checkpoint=True)

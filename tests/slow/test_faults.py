@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from tests.forks import FORKS, kill, started
-from tests.slow.faults import KILLED_ROUNDS, ROUNDS, resumable, spoilt, trainer
+from tests.slow.faults import KILLED_ROUNDS, MODES, ROUNDS, resumable, spoilt, trainer
 
 from fedpara_peft import RoundError, Scaffold
 from fedpara_peft.federation.folder.checkpoint import checkpoints
@@ -44,15 +44,26 @@ CASES = {
     "two send huge SCAFFOLD controls, norm bound 100": (
         {"strategy": Scaffold(), "max_update_norm": 100.0}, huge, {"norm": 16},
     ),
+    "two send NaN, secure aggregation": (MODES["secure aggregation"], nan, {"not_finite": 16}),
+    "one in ten gone after masking, secure aggregation": (
+        {**MODES["secure aggregation"], "unmask_drop_out_probability": 0.1}, None, {},
+    ),
+    "two send NaN, buffer of 4, every other client four times slower": (
+        MODES["buffer of 4"], nan, {"not_finite": 2},
+    ),
+    "two send NaN, noise by each client": (
+        {"dp_mode": "local", "clip_update_norm": 1.0, "dp_noise_multiplier": 0.01}, nan,
+        {"not_finite": 16},
+    ),
 }  # fmt: skip
 
 
 def outcome(history):
     losses = [report.train_loss for report in history if report.train_loss is not None]
     dropped = sum(len(report.dropped) for report in history)
-    return f"finished, loss {losses[0]:.2f} → {losses[-1]:.2f}" + (
-        f", {dropped} drop-outs" if dropped else ""
-    )
+    # Clients that protect what they send tell no loss.
+    fell = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
+    return f"finished{fell}" + (f", {dropped} drop-outs" if dropped else "")
 
 
 @pytest.mark.parametrize("title", CASES)
@@ -69,10 +80,11 @@ def test_what_bad_clients_send_is_refused_and_the_run_goes_on(tmp_path, title, r
     assert all(bool(t.isfinite().all()) for t in run.model.state_dict().values())
     losses = [report.train_loss for report in history]
     dropped = sum(len(report.dropped) for report in history)
+    assert (losses[-1] is None) == ("dp_mode" in settings)
     assert (dropped > 0) == ("drop_out_probability" in settings)
     if "nothing set" in title:
         assert losses[-1] > 1e6  # nobody asked for protection
-    else:
+    elif "dp_mode" not in settings:
         assert losses[-1] < 0.8 * losses[0]
     lost = found.total() + dropped
     turns = sum(len(report.cohort) for report in history)
@@ -102,15 +114,18 @@ def test_without_a_quorum_the_run_stops_and_the_model_is_as_it_was(tmp_path, row
     )
 
 
-def test_a_run_that_is_killed_three_times_ends_in_the_bits_of_one_that_was_not(tmp_path, rows):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_killed_three_times_ends_in_the_bits_of_one_that_was_not(
+    tmp_path, rows, mode
+):
     rng = random.Random(0)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = trainer(whole, KILLED_ROUNDS)
+    expected = trainer(whole, KILLED_ROUNDS, **MODES[mode])
     expected.train()
     again = 0
     for _ in range(3):
         reader, writer = FORKS.Pipe(duplex=False)
-        process = started(resumable, str(cut), writer)
+        process = started(resumable, str(cut), writer, mode)
         writer.close()
         for _ in range(rng.randint(1, 6)):
             last = reader.recv()
@@ -122,14 +137,14 @@ def test_a_run_that_is_killed_three_times_ends_in_the_bits_of_one_that_was_not(t
             except EOFError:
                 break
         again += last - max(checkpoints(cut), default=0)
-    run = trainer(cut, KILLED_ROUNDS)
+    run = trainer(cut, KILLED_ROUNDS, **MODES[mode])
     history = run.train(resume_from_checkpoint=True)
     state = expected.model.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in run.model.state_dict().items())
     assert math.isfinite(history[-1].train_loss)
     rows.append(
         {
-            "case": f"3 times SIGKILL in {KILLED_ROUNDS} rounds",
+            "case": f"3 times SIGKILL in {KILLED_ROUNDS} rounds{mode and ', '}{mode}",
             "refused": "nothing",
             "lost": f"rounds, trained again: {again} after a checkpoint, 3 begun",
             "outcome": outcome(history) + ", the bits of the run that was not",
