@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,19 @@ from .jobs import Answer
 
 #: Refusals of what came beside an answer.
 _BESIDE = ("duplicate",)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What nodes answered in time.
+
+    Attributes:
+        answers: by client; what could not be read is an error.
+        beside: what came beside them.
+    """
+
+    answers: Mapping[int, Answer | PayloadError]
+    beside: Sequence[Refused] = ()
 
 
 def outcome_of(rounds: RoundServer, opened: OpenRound, client: int, answer: Answer) -> Outcome:

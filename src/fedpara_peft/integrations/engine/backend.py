@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from ...federation.arguments import FederatedArguments
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
-from ...federation.state import RoundReport, ServerState
-from .answers import run_name, used_last
+from ...federation.state import Outcome, RoundReport, ServerState
+from .answers import Answers, outcome_of, refused, run_name, used_last
 from .jobs import Answer, Job
 
 
@@ -51,6 +51,39 @@ class OnNodes:
     def facts(self) -> dict[str, Any]:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
         return {"clients": {"number of clients": len(self.names)}}
+
+    def send(self, opened: OpenRound) -> Collection[int]:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        return self.post(opened, {client: self._job(opened, client) for client in opened.reporting})
+
+    def post(self, opened: OpenRound, jobs: Mapping[int, Job]) -> Collection[int]:
+        """Send clients their jobs; to whom one went."""
+        raise NotImplementedError
+
+    def heard(self, opened: OpenRound) -> Answers:
+        """What they answer until all have, or the deadline has passed."""
+        raise NotImplementedError
+
+    def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
+        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
+        found = self.heard(opened)
+        answers, beside = dict(found.answers), list(found.beside)
+        if jobs := self._whole_jobs(opened, answers):  # they have a deadline anew
+            self._count_whole(opened, self.post(opened, jobs))
+            more = self.heard(opened)
+            answers |= more.answers
+            beside += more.beside
+        for client in opened.reporting:
+            if client in answers:
+                yield self._outcome(opened, client, answers[client])
+        for wrong in sorted(beside, key=lambda refused: refused.client):
+            yield Outcome(wrong.client, refused=wrong, reported=wrong.client in answers)
+
+    def _outcome(self, opened: OpenRound, client: int, answer: Answer | PayloadError) -> Outcome:
+        """What a client sent, used or refused by name."""
+        if isinstance(answer, PayloadError):
+            return refused(client, answer)
+        return outcome_of(self._rounds, opened, client, answer)
 
     def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
         """As :class:`~fedpara_peft.federation.backend.Backend` has it: the next jobs tell it."""

@@ -17,21 +17,8 @@ from ...federation.secure.round import Carried, SecureRound
 from ...federation.server.opened import OpenRound
 from ...federation.state import Outcome, Refused, RoundReport, ServerState
 from ...federation.strategies import Strategy
-from .answers import refusal, refused
+from .answers import Answers, refusal, refused
 from .jobs import Answer, Job
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What nodes answered in time.
-
-    Attributes:
-        answers: by client; what could not be read is an error.
-        beside: what came beside them.
-    """
-
-    answers: Mapping[int, Answer | PayloadError]
-    beside: Sequence[Refused] = ()
 
 
 class Messenger(Backend, Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flwr.app import RecordDict
@@ -14,13 +14,12 @@ from ...federation.arguments import FederatedArguments
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
-from ...federation.state import Outcome, ServerState
-from ..engine.answers import check_came, outcome_of, refused
+from ...federation.state import ServerState
+from ..engine.answers import Answers, check_came
 from ..engine.backend import OnNodes
 from ..engine.jobs import Answer, Job
-from ..engine.secure import Answers
 from .directory import Directory
-from .exchange import Pending, Replies, collect, dispatch
+from .exchange import Pending, collect, dispatch
 from .messages import job_record, read_answer
 
 logger = logging.getLogger("flwr.fedpara")
@@ -66,10 +65,6 @@ class FlowerBackend(OnNodes):
         self._take_up(_RUN_FILE, server, history, saved)
         self._introduce()
 
-    def send(self, opened: OpenRound) -> Collection[int]:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        return self.post(opened, {client: self._job(opened, client) for client in opened.reporting})
-
     def post(self, opened: OpenRound, jobs: Mapping[int, Job]) -> Collection[int]:
         """Send clients their jobs; to whom one went."""
         clients, self._asked = set(jobs), list(jobs)
@@ -85,37 +80,6 @@ class FlowerBackend(OnNodes):
         replies = collect(self._grid, self._directory, self._pending)
         self._tell_of_silent(opened, self._asked, replies.content)
         return Answers({c: read(found) for c, found in replies.content.items()}, replies.refused)
-
-    def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        replies = collect(self._grid, self._directory, self._pending)
-        self._send_whole(opened, replies)
-        self._tell_of_silent(opened, opened.reporting, replies.content)
-        for client in opened.reporting:
-            if client in replies.content:
-                yield self._outcome(opened, client, replies.content[client])
-        for beside in replies.refused:
-            reported = beside.client in replies.content
-            yield Outcome(beside.client, refused=beside, reported=reported)
-
-    def _send_whole(self, opened: OpenRound, replies: Replies) -> None:
-        """Ask clients that have lost their remainders once more; they have a deadline anew."""
-        answers = {client: read(content) for client, content in replies.content.items()}
-        jobs = {c: job_record(job) for c, job in self._whole_jobs(opened, answers).items()}
-        if jobs:
-            group = str(opened.number + 1)
-            again = dispatch(self._grid, self._directory, jobs, group, self._deadline_s)
-            self._count_whole(opened, again.expected.values())
-            more = collect(self._grid, self._directory, again)
-            replies.content.update(more.content)
-            replies.beside.extend(more.beside)
-
-    def _outcome(self, opened: OpenRound, client: int, content: RecordDict) -> Outcome:
-        """What a client sent, used or refused by name."""
-        answer = read(content)
-        if isinstance(answer, PayloadError):
-            return refused(client, answer)
-        return outcome_of(self._rounds, opened, client, answer)
 
     def _introduce(self) -> None:
         """Learn how many examples every client has, as far as nodes have come."""

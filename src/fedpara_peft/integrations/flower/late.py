@@ -14,7 +14,7 @@ from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.state import Flight, Outcome, RoundReport, ServerState
 from ..engine.answers import used_last
-from .backend import FlowerBackend
+from .backend import FlowerBackend, read
 from .directory import FIRST_WAIT_S, LONGEST_WAIT_S, pulled
 from .exchange import Replies, take
 
@@ -104,7 +104,7 @@ class LateNodes(FlowerBackend):
             if sent.client in replies.content:
                 start = next(f.start for f in late.at_work if f.client == sent.client)
                 began = dataclasses.replace(opened, number=start)
-                outcome = self._outcome(began, sent.client, replies.content[sent.client])
+                outcome = self._outcome(began, sent.client, read(replies.content[sent.client]))
             outcome = late.end(sent.client, outcome)
             if outcome is not None:
                 found[sent.client] = outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from nvflare.apis.shareable import Shareable
@@ -16,11 +16,10 @@ from ...federation.data.fingerprint import differences, shown_differences
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
-from ...federation.state import Outcome, ServerState
-from ..engine.answers import check_came, outcome_of, refused
+from ...federation.state import ServerState
+from ..engine.answers import Answers, check_came
 from ..engine.backend import OnNodes
 from ..engine.jobs import Answer, Job
-from ..engine.secure import Answers
 from .messages import INTRODUCE, TRAIN, job_message, read_answer, read_introduction
 from .sites import Heard, Sites
 
@@ -82,58 +81,28 @@ class FlareBackend(OnNodes):
             self._deadline_s, self._args.client_sampling, logger,
         )  # fmt: skip
 
-    def send(self, opened: OpenRound) -> Collection[int]:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        return self.post(opened, {client: self._job(opened, client) for client in opened.reporting})
-
     def post(self, opened: OpenRound, jobs: Mapping[int, Job]) -> Collection[int]:
         """Send clients their jobs; to whom one went."""
         while not self._late.empty():
             self._meet(*self._late.get())
-        self._wanted = list(jobs)
-        here = {client: job for client, job in jobs.items() if client in self._present}
-        self._ask(here)
-        return list(here)
+        self._wanted, self._asked = list(jobs), {}
+        self._replies = queue.Queue()  # answers to former messages go nowhere
+        for client, job in jobs.items():
+            if client in self._present:
+                message = job_message(job)
+                self._asked[client] = self._sites.ask(TRAIN, client, message, self._replies.put)
+        self._end = time.monotonic() + self._deadline_s
+        return list(self._asked)
 
     def heard(self, opened: OpenRound) -> Answers:
         """What they answer until all have, or the deadline has passed."""
-        came = self._came()
-        self._tell_of_silent(opened, self._wanted, came)
-        return Answers({client: read(message) for client, message in came.items()})
-
-    def outcomes(self, opened: OpenRound) -> Iterator[Outcome]:
-        """As :class:`~fedpara_peft.federation.backend.Backend` has it."""
-        answers = {client: read(message) for client, message in self._came().items()}
-        if jobs := self._whole_jobs(opened, answers):  # they have a deadline anew
-            self._ask(jobs)
-            self._count_whole(opened, jobs)
-            answers |= {client: read(message) for client, message in self._came().items()}
-        self._tell_of_silent(opened, opened.reporting, answers)
-        for client in opened.reporting:
-            if client not in answers:
-                continue
-            answer = answers[client]
-            if isinstance(answer, PayloadError):
-                yield refused(client, answer)
-            else:
-                yield outcome_of(self._rounds, opened, client, answer)
-
-    def _ask(self, jobs: Mapping[int, Job]) -> None:
-        """Give sites their jobs, and a deadline."""
-        self._replies = queue.Queue()  # answers to former rounds go nowhere
-        heard = self._replies.put
-        self._asked = {
-            c: self._sites.ask(TRAIN, c, job_message(job), heard) for c, job in jobs.items()
-        }
-        self._end = time.monotonic() + self._deadline_s
-
-    def _came(self) -> dict[int, Shareable]:
-        """What those that were asked answer in time."""
         heard = dict(self._sites.heard(self._replies, set(self._asked), self._end))
         for client, take_back in self._asked.items():
             if client not in heard:
                 take_back()
-        return {client: message for client, message in heard.items() if message is not None}
+        came = {client: message for client, message in heard.items() if message is not None}
+        self._tell_of_silent(opened, self._wanted, came)
+        return Answers({client: read(message) for client, message in came.items()})
 
     def _meet(self, client: int, message: Shareable | None) -> None:
         """Take up a site that says what it has, if it was given the same run."""
