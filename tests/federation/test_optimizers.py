@@ -450,7 +450,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("settings", "says"), REFUSED, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("settings", "says"), REFUSED, ids=[says[:40] for _, says in REFUSED])
 def test_what_cannot_be_is_refused_by_name(tmp_path, settings, says):
     with pytest.raises(ArgumentsError, match=says):
         trained(tmp_path, clients(), on_client_error="raise", **settings)
