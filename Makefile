@@ -15,7 +15,7 @@ EXTRA  = $(if $(findstring flower,$*),flower,nvflare)
 DEMO   := --num_rounds 40 --clients_per_round 5 --num_local_epochs 2 --per_client_batch_size 16 \
           --learning_rate 0.1 --max_grad_norm 2
 
-.PHONY: help install demo federation docs test test-slow test-pages test-engines notebooks lint type check fmt clean \
+.PHONY: help install demo federation docs test test-programs test-slow test-pages test-engines notebooks lint type check fmt clean \
         bench bench-mnist bench-paper bench-finetune bench-flower bench-gpu bench-check
 
 help:  ## Show the targets
@@ -66,6 +66,9 @@ type: $(TESTS)  ## Static types of src
 test: $(TESTS) lint type  ## Lint, types and the test suite
 	$(BIN)/pytest -n auto
 
+test-programs: $(TESTS)  ## Examples, notebooks, several processes, kills: what starts programs of its own
+	$(BIN)/pytest -n auto -m programs
+
 test-slow: $(TESTS)  ## Kills, faults, hostile bytes, real processes (an hour); TABLES=1 writes what they find
 	$(BIN)/pytest -m slow $(if $(TABLES),--write-tables)
 
@@ -73,18 +76,18 @@ test-pages: $(TESTS) $(DOCS)  ## The site and the reports in Chromium, desktop a
 	$(BIN)/pytest -m pages -n 0 -rs $(if $(TABLES),--write-tables) tests/pages
 
 notebooks: $(TESTS)  ## Run the notebooks and write what they show into them
-	$(BIN)/pytest -n 0 tests/test_notebook_gallery.py --write-tables
+	$(BIN)/pytest -n 0 -m programs tests/test_notebook_gallery.py --write-tables
 
 test-engines: $(ENGINES:%=test-%)  ## The engines' tests with the oldest and newest Flower, and NVIDIA FLARE
 
 $(ENGINES:%=test-%): test-%: $(VENV)-%/.installed
 	$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep -E '^(flwr|nvflare) '
-	$(VENV)-$*/bin/python -m pytest -rs tests/integrations/test_$(EXTRA).py 'tests/test_docs.py::test_python_blocks_run[$(EXTRA)]'
+	$(VENV)-$*/bin/python -m pytest -rs -m 'not slow' tests/integrations/test_$(EXTRA).py 'tests/test_docs.py::test_python_blocks_run[$(EXTRA)]'
 
 docs: $(DOCS)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: test demo docs  ## All that must pass before a change is done
+check: test test-programs demo docs  ## All that must pass before a change is done
 
 bench: $(TESTS)  ## Measure and rewrite the tables in benchmarks/results
 	$(BIN)/python benchmarks/adapters.py

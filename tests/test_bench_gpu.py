@@ -14,6 +14,8 @@ import torch
 
 from fedpara_peft.maths.cost import LAUNCH_COST, low_rank_form_is_cheaper
 
+pytestmark = pytest.mark.programs
+
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 #: More do not come back from where the GPU may be.
 MOST_FILES = 8

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from tests.forks import run_script
+
+pytestmark = pytest.mark.programs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -73,6 +73,7 @@ def first_result():
     return block
 
 
+@pytest.mark.programs
 def test_the_readmes_federation_runs_in_a_new_process_and_learns(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", first_result()],

@@ -9,6 +9,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from tests.forks import run_script
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 

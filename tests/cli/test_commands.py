@@ -299,6 +299,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.programs
 def test_as_a_process_that_imports_little(base):
     done = subprocess.run(
         [sys.executable, "-c", PROCESS, "plan", str(base), "--r", "0"],

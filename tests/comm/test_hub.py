@@ -35,6 +35,7 @@ assert len(local_state(model)) >= 4
 """
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
 def test_push_and_pull_and_nothing_private_in_it(tmp_path, base_weight):
     server = serve()

@@ -156,6 +156,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.programs
 def test_memory_is_that_of_a_layer_and_not_of_the_file(tmp_path):
     """From 1 layer to 48 of 2.6 MB each (5.2 MB as LoRA): what is held does not grow with them."""
     g = torch.Generator().manual_seed(0)
@@ -402,6 +403,7 @@ def test_options_of_the_command(tmp_path, capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
+@pytest.mark.programs
 def test_a_file_on_the_hub(tmp_path):
     own = loha_factors(4, 5, 2, generator=torch.Generator().manual_seed(0))
     write_loha(tmp_path / "a.safetensors", {"lora_unet_a": own}, {"lora_unet_a": 1})
@@ -467,6 +469,7 @@ def test_pefts_loha_of_a_language_model_from_the_shell(tmp_path, capsys):
         close(again(ids).logits, loha(ids).logits)
 
 
+@pytest.mark.programs
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("lycoris", "diffusers")),
     reason="lycoris-lora and diffusers are not installed",

@@ -14,6 +14,7 @@ def found(tmp_path_factory):
     return [json.loads((folder / f"process-{i}.json").read_text()) for i in range(2)]
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("case", ["model", "frozen base", "transforms", "model again"])
 def test_an_unseeded_script_trains_one_model(found, case):
     one, two = (process[case] for process in found)

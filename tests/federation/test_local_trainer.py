@@ -406,6 +406,7 @@ class Stop(FederatedCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, kind):
     build, data, changes = KINDS[kind]
@@ -576,6 +577,7 @@ def test_what_cannot_be_trained_names_the_client(tmp_path):
         federated(tmp_path / "c", llama(), lambda *given: 3, [tokens(8)]).train()
 
 
+@pytest.mark.programs
 def test_two_processes_with_a_trainer_are_one(tmp_path):
     """Each trains clients of its own; none wants to share one with the others."""
     for processes in (1, 2):

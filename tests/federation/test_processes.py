@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tests.federation import runs
@@ -12,6 +13,8 @@ from tests.forks import finish, started
 
 from fedpara_peft import History
 from fedpara_peft.federation.server.sampling import share_out
+
+pytestmark = pytest.mark.programs
 
 HERE = Path(__file__).parent
 LAUNCH = [

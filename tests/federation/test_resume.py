@@ -191,6 +191,7 @@ def test_a_failed_round_takes_its_clients_back(tmp_path):
     assert same(({**final(run)[0]}, []), ({**final(three)[0]}, []))
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     "case",
     [

@@ -86,6 +86,22 @@ def test_the_history_is_current_at_any_time(tmp_path):
     assert all(sent == run.history[0].uplink_bytes for _, sent in seen)
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    found = []
+
+    class AnotherComes(FederatedCallback):
+        def on_round_end(self, server, report):
+            with pytest.raises(RunFolderError, match=f"another run trains into {tmp_path}") as e:
+                trainer(tmp_path, overwrite_output_dir=True).train()
+            found.append(e.value)
+
+    history = trainer(tmp_path, [AnotherComes()], save_every=1).train()
+    assert len(found) == 5
+    assert history.rounds == History.load(tmp_path / "history.json").rounds
+    assert [*checkpoints(tmp_path)] == [1, 2, 3, 4, 5]
+    trainer(tmp_path, overwrite_output_dir=True).train()  # it ended: the folder is free
+
+
 def test_another_run_is_not_overwritten(tmp_path):
     trainer(tmp_path).train()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}

@@ -188,6 +188,7 @@ assert main(["inspect", "me/other"]) == 2
 """
 
 
+@pytest.mark.programs
 def test_pushing_keeps_it(tmp_path):
     server = serve()
     try:

@@ -14,6 +14,7 @@ def in_a_program(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(("package", "extra"), [("flwr", "flower"), ("nvflare", "nvflare")])
 def test_a_missing_engine_is_named_with_its_extra(package, extra):
     code = f"import sys; sys.modules[{package!r}] = None\nimport fedpara_peft.integrations.{extra}"

@@ -510,6 +510,7 @@ def test_nothing_of_the_local_half_is_sent(tmp_path):
     assert looked > 100
 
 
+@pytest.mark.programs
 def test_a_worker_serves_all_messages_and_is_replaced_when_killed(tmp_path):
     args = task.arguments(tmp_path / "server", save_every=1, **INT8)
     apps = [client_app(task.model_fn, task.data_fn, args) for _ in range(task.CLIENTS)]
@@ -570,6 +571,7 @@ def test_real_processes_on_loopback_end_as_the_simulation_does(tmp_path, monkeyp
         assert all(torch.equal(ours.local[name], theirs.local[name]) for name in theirs.local)
 
 
+@pytest.mark.programs
 def test_without_flower_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['flwr'] = None; import fedpara_peft\n"

@@ -166,6 +166,7 @@ def test_a_killed_server_continues_and_its_nodes_step_back_to_its_remainders(tmp
     assert_same(tmp_path, trainer, 5)
 
 
+@pytest.mark.programs
 def test_a_worker_follows_them_too(tmp_path):
     args = task.arguments(tmp_path / "server", save_every=1, num_rounds=2, **EXACT)
     apps = [

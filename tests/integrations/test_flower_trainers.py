@@ -60,6 +60,7 @@ def run(tmp_path, given, data, given_to_nodes=None, **more):
     server(LocalGrid(apps, tmp_path), Context(1, 1, {}, RecordDict(), {}))
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_node_trains_with_the_trainer_that_it_is_given(tmp_path, kind):
     make, rows = KINDS[kind]

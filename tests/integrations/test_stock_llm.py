@@ -94,6 +94,7 @@ def built(app, config, monkeypatch):
     return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.programs
 def test_with_our_config_it_learns_and_sends_less(app, monkeypatch):
     _, lora_size = built(app, lora(8), monkeypatch)
     lora_losses, lora_up, *_ = run(app, lora(8), monkeypatch)

@@ -70,6 +70,7 @@ def test_a_file_is_no_run(tmp_path):
         watch(tmp_path / "file", io.StringIO(), sleep=lambda _: None)
 
 
+@pytest.mark.programs
 def test_a_real_run_watched_by_a_real_process(tmp_path):
     from tests.federation.test_trainer import arguments, toy
     from tests.zoo import adapted, mlp

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import torch, torch.distributed as dist
 from torch import nn
@@ -29,6 +31,7 @@ print("same names")
 """
 
 
+@pytest.mark.programs
 def test_fsdp_saves_what_the_plain_model_saves():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from .folder.history import History
 from .server.opened import OpenRound
@@ -60,3 +60,57 @@ class Backend(Protocol):
 
     def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
         """Every client's own model on its own data: by metric and client; empty without data."""
+
+
+B = TypeVar("B", bound=Backend)
+
+
+class Over(Generic[B]):
+    """Part of a backend over another one: all but how its clients' turns end.
+
+    Args:
+        below: lets clients take their turns.
+    """
+
+    needs_payload = False
+
+    def __init__(self, below: B) -> None:
+        self._below = below
+
+    @property
+    def names(self) -> Sequence[Any]:
+        """As the backend below has it."""
+        return self._below.names
+
+    @property
+    def num_examples(self) -> Sequence[int]:
+        """As the backend below has it."""
+        return self._below.num_examples
+
+    def facts(self) -> dict[str, Any]:
+        """As the backend below has it."""
+        return self._below.facts()
+
+    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
+        """As the backend below has it."""
+        self._below.begin(server, history, saved)
+
+    def send(self, opened: OpenRound) -> Collection[int]:
+        """As the backend below has it: to those who begin in this round."""
+        return self._below.send(opened)
+
+    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
+        """As the backend below has it."""
+        self._below.end_round(opened, report, needed)
+
+    def commit(self) -> None:
+        """As the backend below has it."""
+        self._below.commit()
+
+    def rollback(self, round: int) -> None:
+        """As the backend below has it."""
+        self._below.rollback(round)
+
+    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
+        """As the backend below has it."""
+        return self._below.evaluate(server)

@@ -10,15 +10,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from ..comm.errors import PayloadError
+from .backend import Over
 from .crew import Crew
 from .server.opened import OpenRound
 from .server.round import RoundServer
 from .server.sampling import share_out
-from .simulation import OnSimulation, Simulation
+from .simulation import Simulation
 from .state import Outcome, Refused
 
 
-class Processes(OnSimulation):
+class Processes(Over[Simulation]):
     """Clients of all processes; see :class:`~.backend.Backend`.
 
     What travels between processes is what travels between machines: a client's payload, in bytes.
@@ -45,7 +46,7 @@ class Processes(OnSimulation):
         mine: dict[int, Outcome] = {}
 
         def train() -> dict[int, Outcome]:
-            mine.update((o.client, o) for o in self._simulation.turns(here, opened, encode=True))
+            mine.update((o.client, o) for o in self._below.turns(here, opened, encode=True))
             return {client: _light(outcome) for client, outcome in mine.items()}
 
         known = {c: o for part in self._crew.together(train) for c, o in part.items()}
@@ -57,7 +58,7 @@ class Processes(OnSimulation):
                 payload = self._from(owners[client], own, size)
                 outcome = self._received(opened, outcome, payload)
             if outcome.keeps_state:
-                self._simulation.store.note(client, opened.number + 1)
+                self._below.store.note(client, opened.number + 1)
             yield outcome
 
     def _from(self, owner: int, own: bytes | None, size: int) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from .client.evaluation import over_clients
 from .client.local import LocalTrainer
 from .crew import Crew
 from .data.metrics import higher_is_better
-from .errors import RoundError
 from .folder.checkpoint import Checkpoint
 from .folder.facts import training_facts
 from .folder.history import History
@@ -29,14 +27,13 @@ from .observers.best import Best
 from .observers.callbacks import Callbacks, FederatedCallback
 from .observers.control import FederatedControl
 from .observers.log import tell_round
-from .observers.measures import peak_memory_bytes, work_of
 from .observers.progress import Progress, progress
 from .observers.trackers import Trackers
-from .server.averaging import AveragingBias
+from .play import play
 from .server.opened import OpenRound
 from .server.privacy import noise_seed
 from .server.round import RoundServer
-from .state import Outcome, Refused, RoundReport, ServerState, placed_like
+from .state import RoundReport, ServerState, placed_like
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
@@ -116,10 +113,14 @@ class Run:
         Raises:
             RoundError: too few updates of a round can be used.
             ResumeError: the checkpoint is of another run, or starting afresh would overwrite one.
-            RunFolderError: the folder cannot be written.
+            RunFolderError: the folder cannot be written, or another run has it.
         """
+        with self._folder.held(self._crew):
+            self._start(resume)
+            return self._trained()
+
+    def _trained(self) -> History:
         args = self._args
-        self._start(resume)
         self._stopped = self._crew.on_main(self._began) or self._best.is_final
         disable = args.disable_tqdm or not self._crew.is_main or self._logger is not None
         try:
@@ -206,48 +207,12 @@ class Run:
         return self._args.load_best_model_at_end and self._best.round == self._server.round
 
     def _played(self, opened: OpenRound, bars: Progress) -> tuple[ServerState, RoundReport]:
-        start, number = time.perf_counter(), opened.number + 1
-        for client in self._backend.send(opened):
-            self.ledger.record(number, client, "downlink", opened.size_to(client))
-        bias = None
-        if self._args.report_averaging_bias:
-            bias = AveragingBias(self.model, self._local.shared, self._server.params)
-        came: set[int] = set()
-        failed: list[Refused] = []
-        sent: list[Outcome] = []
-        for outcome in bars.within(self._backend.outcomes(opened), opened.awaited):
-            if outcome.reported:
-                came.add(outcome.client)
-            if outcome.size is not None:
-                # Counts alone: a cohort's tensors need not all be held.
-                sent.append(dataclasses.replace(outcome, update=None, sent=None, payload=b""))
-                self.ledger.record(number, outcome.client, "uplink", outcome.size)
-            if outcome.refused is not None:
-                self._rounds.refuse(opened, outcome.refused)
-                if outcome.refused.reason == "failed":
-                    failed.append(outcome.refused)
-            elif outcome.update is not None:
-                self._rounds.take_in(opened, outcome.update)
-                if bias is not None:
-                    bias.add(outcome.update.update, self._rounds.weight(outcome.update))
-        for client, direction, size in opened.updates.beside:
-            self.ledger.record(number, client, direction, size)
-        if failed and len(failed) == len(came):  # the fault is not one client's
-            raise failed[0].error or RoundError(f"every client failed, first {failed[0].message}")
-        ended, mean = self._rounds.close(opened)
-        report = self._rounds.report(
-            opened,
-            self.ledger,
-            time.perf_counter() - start,
-            dropped=[client for client in opened.ended if client not in came],
-            averaging_bias=None if bias is None else bias.result(mean.update, opened.server, ended),
-            slowest_client_s=_slowest([outcome.seconds for outcome in sent]),
-        )
-        steps, terms = work_of(sent)
-        peak = peak_memory_bytes(self._local.device)
-        report = dataclasses.replace(report, local_steps=steps, terms=terms, peak_memory_bytes=peak)
+        ended, report = play(
+            opened, self._args, self._backend, self._rounds, self._local, self.ledger,
+            lambda outcomes: bars.within(outcomes, opened.awaited),
+        )  # fmt: skip
         self._local.load(ended.params)
-        if self._due(self._args.eval_every, number):
+        if self._due(self._args.eval_every, ended.round):
             report = self._evaluated(ended, report)
         return ended, report
 
@@ -342,9 +307,3 @@ class Run:
 
     def _due(self, every: int, round: int) -> bool:
         return every > 0 and (round % every == 0 or round == self._args.num_rounds)
-
-
-def _slowest(times: Sequence[float | None]) -> float | None:
-    """The slowest client's time; None where it was not measured."""
-    known = [seconds for seconds in times if seconds is not None]
-    return None if len(known) < len(times) else max(known, default=0.0)

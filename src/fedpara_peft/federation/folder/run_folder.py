@@ -7,10 +7,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from ...comm.ledger import Ledger
@@ -35,6 +37,7 @@ from .settings import SETTINGS_NAME, same_result, save_settings
 logger = logging.getLogger(__name__)
 
 HISTORY_NAME, LEDGER_NAME = "history.json", "ledger.npy"
+_LOCK_NAME = ".lock"
 _MODELS = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors")
 #: Writing the history may take this share of a run's time.
 _SHARE = 0.01
@@ -87,6 +90,23 @@ class RunFolder:
         number = loaded[0].server.round if loaded else 0
         self.saved = crew.on_main(lambda: self._ready(number))
         return loaded[0] if loaded else None
+
+    @contextmanager
+    def held(self, crew: Crew) -> Iterator[None]:
+        """Keep other runs out of the folder; a killed process's hold ends with it.
+
+        Args:
+            crew: the processes that share it; the main one holds it for all.
+
+        Raises:
+            RunFolderError: a run that goes on has it, or it cannot be written.
+        """
+        lock = FileLock(self._path / _LOCK_NAME)
+        crew.on_main(lambda: self._take(lock))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def describe(self, described: Mapping[str, Any]) -> None:
         """Write ``settings.json``."""
@@ -170,6 +190,21 @@ class RunFolder:
             f"continue from checkpoint-{self.saved[-1]} in {self._path} with "
             "train(resume_from_checkpoint=True)"
         )
+
+    def _take(self, lock: FileLock) -> None:
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(
+                f"another run trains into {self._path}: wait for its end, or take another "
+                "output_dir"
+            ) from error
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._path} cannot be written ({error.strerror or error}): take another "
+                "output_dir"
+            ) from error
 
     def _kept(self, newest: int, best: int) -> list[int]:
         """Rounds of the checkpoints that stay with one more, in order.

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 
 from ...comm.state import State
+from ..backend import Over
 from ..client.turn import Held, at_rest
 from ..server.opened import OpenRound
-from ..simulation import OnSimulation
+from ..simulation import Simulation
 from ..state import ClientUpdate, Flight, Outcome
 
 
-class LateClients(OnSimulation):
+class LateClients(Over[Simulation]):
     """Clients of a simulation that may report in a later round; see :class:`~..backend.Backend`.
 
     A client trains when its turn begins, from the broadcast of that round. What it sends, and what
@@ -29,7 +30,7 @@ class LateClients(OnSimulation):
         assert late is not None
         began = {
             outcome.client: outcome
-            for outcome in self._simulation.turns(opened.reporting, opened, keep=held)
+            for outcome in self._below.turns(opened.reporting, opened, keep=held)
         }
         for client in opened.cohort:
             outcome, state = began.get(client), held.states.get(client)
@@ -41,7 +42,7 @@ class LateClients(OnSimulation):
         for outcome in late.first():
             state = late.flight(outcome.client).state
             if outcome.update is not None and state is not None:
-                self._simulation.store.put(outcome.client, opened.number + 1, state)
+                self._below.store.put(outcome.client, opened.number + 1, state)
             yield dataclasses.replace(outcome, update=_moved(outcome.update, like))
 
 

@@ -9,9 +9,10 @@ from ...comm.errors import SecureAggregationError
 from ...comm.secure.client import SecureClient
 from ...comm.secure.messages import Kind
 from ..arguments import FederatedArguments
+from ..backend import Over
 from ..random import numpy_generator
 from ..server.opened import OpenRound
-from ..simulation import OnSimulation, Simulation
+from ..simulation import Simulation
 from ..state import Outcome
 from ..strategies import Strategy
 from .round import Carried, SecureRound
@@ -21,7 +22,7 @@ from .seal import Sealer
 _DROP_OUT_STAGES = 3
 
 
-class SecureSimulation(OnSimulation):
+class SecureSimulation(Over[Simulation]):
     """Clients of this process and what passes between them and the server, in bytes.
 
     See :class:`~..backend.Backend`. Clients that drop out by ``drop_out_probability`` do so before
@@ -61,7 +62,7 @@ class SecureSimulation(OnSimulation):
             yield from self._summed(opened, secure)
         except SecureAggregationError as error:
             yield from secure.failed(error)
-            self._simulation.rollback(opened.number)
+            self._below.rollback(opened.number)
 
     def _summed(self, opened: OpenRound, secure: SecureRound) -> Iterator[Outcome]:
         machines = {client: SecureClient(secure.agreed, client) for client in opened.cohort}
@@ -70,7 +71,7 @@ class SecureSimulation(OnSimulation):
         for client, data in shares.items():
             secure.count(client, "downlink", self._passes(client, data))
         self._sealer.begin(secure.agreed, machines, shares, opened.server.noise_seed)
-        for outcome in self._simulation.turns(opened.reporting, opened):
+        for outcome in self._below.turns(opened.reporting, opened):
             if outcome.payload:
                 passed = self._passes(outcome.client, outcome.payload)
                 outcome = dataclasses.replace(outcome, payload=passed)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ...comm.errors import PayloadError, SecureAggregationError
 from ...comm.payload import PayloadSize
 from ...comm.secure.messages import HEADER_BYTES, Kind
 from ...federation.arguments import FederatedArguments
-from ...federation.backend import Backend
-from ...federation.folder.history import History
+from ...federation.backend import Backend, Over
 from ...federation.secure.round import Carried, SecureRound
 from ...federation.server.opened import OpenRound
-from ...federation.state import Outcome, Refused, RoundReport, ServerState
+from ...federation.state import Outcome, Refused
 from ...federation.strategies import Strategy
 from .answers import Answers, refusal, refused
 from .jobs import Answer, Job
@@ -34,7 +33,7 @@ class Messenger(Backend, Protocol):
         """What they answer until all have, or the deadline has passed."""
 
 
-class SecureNodes:
+class SecureNodes(Over[Messenger]):
     """Clients on nodes, of whose updates only bytes that say nothing reach the server.
 
     See :class:`~fedpara_peft.federation.backend.Backend`. A round takes four exchanges, each of
@@ -49,21 +48,11 @@ class SecureNodes:
     needs_payload = True
 
     def __init__(self, args: FederatedArguments, strategy: Strategy, nodes: Messenger) -> None:
+        super().__init__(nodes)
         self._args = args
         self._strategy = strategy
-        self._nodes = nodes
         self._secure: SecureRound | None = None
         self._ended: list[Outcome] | None = None
-        self.names: Sequence[Any] = nodes.names
-        self.num_examples: Sequence[int] = nodes.num_examples
-
-    def facts(self) -> dict[str, Any]:
-        """As the nodes' backend has it."""
-        return self._nodes.facts()
-
-    def begin(self, server: ServerState, history: History, saved: Sequence[int]) -> None:
-        """As the nodes' backend has it."""
-        self._nodes.begin(server, history, saved)
 
     def send(self, opened: OpenRound) -> Collection[int]:
         """Exchange keys and shares, then send the broadcast to those that are left.
@@ -77,17 +66,17 @@ class SecureNodes:
             return []
         secure = self._secure = SecureRound(self._args, self._strategy, opened)
         try:
-            shares = secure.shares(_Link(self._nodes, opened))
+            shares = secure.shares(_Link(self._below, opened))
         except SecureAggregationError as error:
             self._ended = secure.failed(error)
             return []
         jobs = {
             client: dataclasses.replace(
-                self._nodes.job(opened, client), wants=Kind.MASKED.name, message=data
+                self._below.job(opened, client), wants=Kind.MASKED.name, message=data
             )
             for client, data in shares.items()
         }
-        sent = self._nodes.post(opened, jobs)
+        sent = self._below.post(opened, jobs)
         for client in sent:
             secure.count(client, "downlink", shares[client])
         return sent
@@ -105,32 +94,16 @@ class SecureNodes:
         if self._ended is not None:
             yield from self._ended
             return
-        heard = self._nodes.heard(opened)
+        heard = self._below.heard(opened)
         for client in opened.reporting:
             if client in heard.answers:
                 yield secure.took(_outcome(opened, client, heard.answers[client]))
         for beside in heard.beside:
             yield Outcome(beside.client, refused=beside, reported=beside.client in heard.answers)
         try:
-            secure.finish(_Link(self._nodes, opened))
+            secure.finish(_Link(self._below, opened))
         except SecureAggregationError as error:
             yield from secure.failed(error)
-
-    def end_round(self, opened: OpenRound, report: RoundReport, needed: Collection[int]) -> None:
-        """As the nodes' backend has it."""
-        self._nodes.end_round(opened, report, needed)
-
-    def commit(self) -> None:
-        """As the nodes' backend has it."""
-        self._nodes.commit()
-
-    def rollback(self, round: int) -> None:
-        """As the nodes' backend has it."""
-        self._nodes.rollback(round)
-
-    def evaluate(self, server: ServerState) -> Mapping[str, Mapping[Any, float]]:
-        """As the nodes' backend has it."""
-        return self._nodes.evaluate(server)
 
 
 @dataclass(frozen=True)
