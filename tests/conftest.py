@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items):
     # A name with an address in it differs from process to process: xdist's workers then disagree.
     if unstable := [item.nodeid for item in items if re.search(r"\b0x[0-9a-f]", item.nodeid)]:
         raise pytest.UsageError(f"give these tests ids without addresses: {unstable}")
+
+
+def pytest_collection_finish(session):
+    # A full garbage collection looks at all that was imported otherwise, for a third of a second.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 import os
 from pathlib import Path
@@ -290,10 +291,30 @@ def test_a_trainer_leaves_nothing_but_what_it_trained(tmp_path, kind):
     assert dict(os.environ) == environment
     assert dict(AcceleratorState._shared_state) == state
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert left == {"history.json", "settings.json", "ledger.npy"}
+    assert left == {".lock", "history.json", "settings.json", "ledger.npy"}
     assert model.training_facts["local training"] == given.func.__name__
     assert not (tmp_path / "own").exists()
     assert given.keywords["args"].output_dir == str(tmp_path / "own")
+
+
+def test_garbage_is_looked_for_among_what_a_turn_made(tmp_path):
+    seen = []
+
+    class Watches(TrainerCallback):
+        def on_train_end(self, args, state, control, **more):
+            seen.append((gc.get_freeze_count(), len(gc.get_objects())))
+
+    given = functools.partial(of_transformers(tmp_path / "own"), callbacks=[Watches()])
+    gc.unfreeze()  # what the tests froze
+    try:
+        federated(tmp_path / "a", llama(), given, [tokens(8)], rounds=2).train()
+        assert gc.get_freeze_count() == 0
+        assert len(seen) == 2
+        assert all(others < frozen / 10 for frozen, others in seen)
+    finally:
+        gc.freeze()
+    federated(tmp_path / "b", llama(), given, [tokens(8)]).train()
+    assert gc.get_freeze_count() > 0  # somebody else's
 
 
 def test_checkpoints_of_a_trainer_go_with_its_turn(tmp_path, monkeypatch):

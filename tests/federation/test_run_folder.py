@@ -125,7 +125,7 @@ def test_overwriting_leaves_nothing_of_the_other_run(tmp_path):
     first.save_model()
     trainer(tmp_path, num_rounds=2, overwrite_output_dir=True).train()
     left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"history.json", "ledger.npy", "settings.json"}
+    assert left == {".lock", "history.json", "ledger.npy", "settings.json"}
     assert len(History.load(tmp_path / "history.json")) == 2
 
 

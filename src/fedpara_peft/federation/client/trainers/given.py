@@ -26,7 +26,7 @@ from ...random import reseed
 from ...strategies import LocalSteps, Strategy, has_own_loss
 from ..steps import Stepped, nothing_counts
 from .counted import Counted
-from .untouched import alone, as_it_was
+from .untouched import alone, as_it_was, collecting_its_own
 
 #: What makes a client's trainer: see :class:`GivenTrainer`.
 LocalTrainerFactory = Callable[..., Any]
@@ -116,7 +116,12 @@ class GivenTrainer:
             ArgumentsError: the trainer trains another model, or does not say what became of it.
         """
         reseed(seed, device)
-        with as_it_was(self._model), alone(), tempfile.TemporaryDirectory() as folder:
+        with (
+            as_it_was(self._model),
+            alone(),
+            collecting_its_own(),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             trainer = self._made(dataset, client, round, seed, folder)
             if self._kind is None:
                 reseed(seed, device)  # making a Trainer has seeded them with its args' seed
