@@ -3,6 +3,7 @@
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedpara_peft import FedParaConfig
 
@@ -27,6 +28,26 @@ class Net(nn.Module):
 
 def net_inputs(batch=5):
     return torch.randn(batch, 3, 6, 6), torch.randint(0, 20, (batch, 7))
+
+
+class LoraKinds(nn.Module):
+    """What LoRA has a form for; takes :data:`LORA_IDS`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12, padding_idx=0)
+        self.one = nn.Conv1d(12, 10, 3, padding=1)
+        self.two = nn.Conv2d(10, 9, (3, 2), padding=1)
+        self.old = Conv1D(8, 9)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids):
+        x = self.one(self.embed(ids).transpose(1, 2))
+        x = self.two(x.unsqueeze(-1)).mean((2, 3))
+        return self.head(self.old(x))
+
+
+LORA_IDS = torch.tensor([[0, 3, 5], [10, 0, 1]])
 
 
 def mlp(seed=0, width=32, norm=True):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.convert.written import batch, block, close, dense, loha_factors, write_loha
 from tests.forks import run_script
 from tests.hub import serve
-from tests.zoo import adapted, mlp, randomize
+from tests.zoo import LORA_IDS, LoraKinds, adapted, mlp, randomize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -37,26 +37,6 @@ from fedpara_peft.tuner.kinds import LAYER_KINDS, Linear
 ROOT = Path(__file__).parent.parent.parent
 
 
-class Kinds(nn.Module):
-    """What LoRA has a form for."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 12, padding_idx=0)
-        self.one = nn.Conv1d(12, 10, 3, padding=1)
-        self.two = nn.Conv2d(10, 9, (3, 2), padding=1)
-        self.old = Conv1D(8, 9)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, ids):
-        x = self.one(self.embed(ids).transpose(1, 2))
-        x = self.two(x.unsqueeze(-1)).mean((2, 3))
-        return self.head(self.old(x))
-
-
-IDS = torch.tensor([[0, 3, 5], [10, 0, 1]])
-
-
 def dense_best(weight, k):
     """The best rank-k of a weight as a matrix of its outputs' rows, in float64."""
     u, s, v = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
@@ -68,7 +48,7 @@ def dense_best(weight, k):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 def test_every_kind_of_layer_at_a_rank_is_the_dense_best(tmp_path, name, effective):
     torch.manual_seed(0)
-    plain = Kinds()
+    plain = LoraKinds()
     config = FedParaConfig(
         r=3, alpha=2, parameterization=name, use_effective_conv2d=effective,
         target_modules=["embed", "one", "two", "old"],
@@ -88,7 +68,7 @@ def test_every_kind_of_layer_at_a_rank_is_the_dense_best(tmp_path, name, effecti
             with torch.no_grad():
                 wanted.get_submodule(key).weight += best.to(torch.float32)
     again = PeftModel.from_pretrained(plain, tmp_path).eval()
-    close(again(IDS), wanted(IDS))
+    close(again(LORA_IDS), wanted(LORA_IDS))
 
 
 def test_a_tolerance_gives_each_layer_its_own_rank(tmp_path):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.zoo import Net, adapted, mlp, randomize
+from tests.zoo import LORA_IDS, LoraKinds, Net, adapted, mlp, randomize
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fedpara_peft import (
     ConversionError,
@@ -19,31 +18,11 @@ from fedpara_peft import (
 )
 
 
-class Mixed(nn.Module):
-    """What LoRA has a form for."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 12, padding_idx=0)
-        self.one = nn.Conv1d(12, 10, 3, padding=1)
-        self.two = nn.Conv2d(10, 9, (3, 2), padding=1)
-        self.old = Conv1D(8, 9)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, ids):
-        x = self.one(self.embed(ids).transpose(1, 2))
-        x = self.two(x.unsqueeze(-1)).mean((2, 3))
-        return self.head(self.old(x))
-
-
-IDS = torch.tensor([[0, 3, 5], [10, 0, 1]])
-
-
 @pytest.mark.parametrize("effective", [True, False])
 @pytest.mark.parametrize("name", ["fedpara", "pfedpara", "lowrank"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 def test_lora_is_the_same_model(tmp_path, name, effective):
-    plain = Mixed()
+    plain = LoraKinds()
     targets = ["embed", "one", "two", "old"]
     config = FedParaConfig(
         r=2, alpha=3, rank_pattern={"two": 1}, alpha_pattern={"one": 5}, parameterization=name,
@@ -55,8 +34,10 @@ def test_lora_is_the_same_model(tmp_path, name, effective):
     assert "fedpara" not in (tmp_path / "adapter_config.json").read_text().lower()
     again = PeftModel.from_pretrained(plain, tmp_path).eval()
     assert type(next(iter(again.peft_config.values()))) is LoraConfig
-    torch.testing.assert_close(again(IDS), model(IDS), atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(again.merge_and_unload()(IDS), model(IDS), atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(again(LORA_IDS), model(LORA_IDS), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        again.merge_and_unload()(LORA_IDS), model(LORA_IDS), atol=5e-6, rtol=1e-5
+    )
 
 
 def test_trained_biases_go_along(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from ...comm.errors import PayloadError, Refusal
 from ...comm.payload import Payload, PayloadSize
@@ -18,6 +18,8 @@ from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
 from ...federation.state import ClientUpdate, LocalSteps, Outcome, Refused, RoundReport
 from .jobs import Answer
+
+M = TypeVar("M")
 
 #: Refusals of what came beside an answer.
 _BESIDE = ("duplicate",)
@@ -34,6 +36,19 @@ class Answers:
 
     answers: Mapping[int, Answer | PayloadError]
     beside: Sequence[Refused] = ()
+
+
+def read(parse: Callable[[M], Answer], message: M) -> Answer | PayloadError:
+    """An answer, or why it is none.
+
+    Args:
+        parse: the engine's, raises a :class:`~fedpara_peft.comm.errors.PayloadError`.
+        message: what came.
+    """
+    try:
+        return parse(message)
+    except PayloadError as error:
+        return error
 
 
 def outcome_of(rounds: RoundServer, opened: OpenRound, client: int, answer: Answer) -> Outcome:

@@ -6,18 +6,16 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from ...comm.errors import PayloadError
 from ...federation.arguments import FederatedArguments
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
 from ...federation.state import ServerState
-from ..engine.answers import Answers, check_came
+from ..engine.answers import Answers, check_came, read
 from ..engine.backend import OnNodes
-from ..engine.jobs import Answer, Job
+from ..engine.jobs import Job
 from .directory import Directory
 from .exchange import Pending, collect, dispatch
 from .messages import job_record, read_answer
@@ -79,7 +77,8 @@ class FlowerBackend(OnNodes):
         """What they answer until all have, or the deadline has passed."""
         replies = collect(self._grid, self._directory, self._pending)
         self._tell_of_silent(opened, self._asked, replies.content)
-        return Answers({c: read(found) for c, found in replies.content.items()}, replies.refused)
+        answers = {c: read(read_answer, found) for c, found in replies.content.items()}
+        return Answers(answers, replies.refused)
 
     def _introduce(self) -> None:
         """Learn how many examples every client has, as far as nodes have come."""
@@ -92,11 +91,3 @@ class FlowerBackend(OnNodes):
         )  # fmt: skip
         for client, count in directory.num_examples.items():
             self.num_examples[client] = count
-
-
-def read(content: RecordDict) -> Answer | PayloadError:
-    """An answer, or why it is none."""
-    try:
-        return read_answer(content)
-    except PayloadError as error:
-        return error

@@ -13,10 +13,11 @@ from flwr.app import Message
 from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.state import Flight, Outcome, RoundReport, ServerState
-from ..engine.answers import used_last
-from .backend import FlowerBackend, read
+from ..engine.answers import read, used_last
+from .backend import FlowerBackend
 from .directory import FIRST_WAIT_S, LONGEST_WAIT_S, pulled
 from .exchange import Replies, take
+from .messages import read_answer
 
 logger = logging.getLogger("flwr.fedpara")
 
@@ -104,7 +105,9 @@ class LateNodes(FlowerBackend):
             if sent.client in replies.content:
                 start = next(f.start for f in late.at_work if f.client == sent.client)
                 began = dataclasses.replace(opened, number=start)
-                outcome = self._outcome(began, sent.client, read(replies.content[sent.client]))
+                outcome = self._outcome(
+                    began, sent.client, read(read_answer, replies.content[sent.client])
+                )
             outcome = late.end(sent.client, outcome)
             if outcome is not None:
                 found[sent.client] = outcome

@@ -17,9 +17,9 @@ from ...federation.folder.history import History
 from ...federation.server.opened import OpenRound
 from ...federation.server.round import RoundServer
 from ...federation.state import ServerState
-from ..engine.answers import Answers, check_came
+from ..engine.answers import Answers, check_came, read
 from ..engine.backend import OnNodes
-from ..engine.jobs import Answer, Job
+from ..engine.jobs import Job
 from .messages import INTRODUCE, TRAIN, job_message, read_answer, read_introduction
 from .sites import Heard, Sites
 
@@ -102,7 +102,7 @@ class FlareBackend(OnNodes):
                 take_back()
         came = {client: message for client, message in heard.items() if message is not None}
         self._tell_of_silent(opened, self._wanted, came)
-        return Answers({client: read(message) for client, message in came.items()})
+        return Answers({client: read(read_answer, message) for client, message in came.items()})
 
     def _meet(self, client: int, message: Shareable | None) -> None:
         """Take up a site that says what it has, if it was given the same run."""
@@ -121,11 +121,3 @@ class FlareBackend(OnNodes):
             return
         self._present.add(client)
         self.num_examples[client] = own.num_examples
-
-
-def read(message: Shareable) -> Answer | PayloadError:
-    """An answer, or why it is none."""
-    try:
-        return read_answer(message)
-    except PayloadError as error:
-        return error
