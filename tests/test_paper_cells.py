@@ -376,6 +376,19 @@ def test_an_adapter_is_federated_in_every_way(tiny, paper, tmp_path, monkeypatch
     assert (row["bytes"] > without["bytes"]) == (way == "exact average")
 
 
+def test_a_row_has_loras_rate_where_it_says_so(tiny, paper, tmp_path):
+    results = paper("pool").Results([tmp_path], tiny.Tune)
+    for adapter, best in (("LoRA", 1e-3), ("FedPara", 3e-3)):
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2):
+            cell = tiny.Tune("stdlib", adapter, "cpu", "adamw", 4, rate, tiny.TUNING_SEED)
+            results.add(cell, {"loss": abs(rate - best), "diverged": False})
+    rates = {
+        way: results.tuned(tiny.Tune("stdlib", "FedPara", "cpu", way=way)).learning_rate
+        for way in ("plain", "int8", tiny.LORAS_RATE)
+    }
+    assert rates == {"plain": 3e-3, "int8": 3e-3, tiny.LORAS_RATE: 1e-3}
+
+
 def test_ways_to_federate_are_set_against_loras_last_loss(tiny, paper, tmp_path, monkeypatch):
     tables, results = paper("finetune.tables").tables, paper("pool").Results([tmp_path], tiny.Tune)
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "finetune")

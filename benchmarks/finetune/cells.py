@@ -72,8 +72,11 @@ ADAPTERS: dict[str, Any] = {
     f"FedPara, LyCORIS's start{ZERO_Y}": lambda r, t: _fedpara(r, t, init_weights="lycoris"),
     f"FedPara, ABBA's start{ZERO_Y}": lambda r, t: _fedpara(r, t, init_weights="abba"),
 }
+#: The plain way, at the rate that was tuned for LoRA.
+LORAS_RATE = "at LoRA's rate"
 #: Ways to federate an adapter, beside the plain one, each with the adapters it is tried with.
 WAYS: dict[str, tuple[str, ...]] = {
+    LORAS_RATE: ("FedPara",),
     "exact average": ("FedPara",),
     "ranks r/2, r, 2r": ("FedPara",),
     "int8": ("LoRA", "FedPara"),
@@ -81,6 +84,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "one block": ("FedPara",),
 }
 CODECS = ("int8", "int4")
+#: Ways whose rate was tuned for another row.
+NOT_TUNED = (*CODECS, LORAS_RATE)
 #: Those that are trained by plain SGD as well.
 WITH_SGD = ("LoRA", "FedPara", "LoHa", EQUAL)
 
@@ -153,7 +158,7 @@ class Tune:
         """Rates that tuning begins with."""
         if self.adapter == "frozen":
             return (1e-3,)
-        return GRIDS[self.optim] if self.way in ("plain", *CODECS) else WAYS_GRID
+        return GRIDS[self.optim] if self.way in ("plain", *NOT_TUNED) else WAYS_GRID
 
     @property
     def grows(self) -> bool:
@@ -161,9 +166,12 @@ class Tune:
         return True
 
     def tuning(self, rates: Sequence[float]) -> list[Tune]:
-        """Runs of another seed; codecs have the rate of the plain way."""
-        way = "plain" if self.way in CODECS else self.way
-        base = replace(self, seed=TUNING_SEED, rounds=self.of.tuning_rounds, way=way)
+        """Runs of another seed; codecs have the rate of the plain way, which may be LoRA's."""
+        way = "plain" if self.way in NOT_TUNED else self.way
+        adapter = "LoRA" if self.way == LORAS_RATE else self.adapter
+        base = replace(
+            self, adapter=adapter, seed=TUNING_SEED, rounds=self.of.tuning_rounds, way=way
+        )
         return [replace(base, learning_rate=rate) for rate in rates]
 
     def key(self) -> str:

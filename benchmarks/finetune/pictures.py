@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 COLORS = {"LoRA": "#2471a3", "FedPara": "#c0392b"}
 MARKERS = {"plain": "o", "exact average": "s", "ranks r/2, r, 2r": "D", "int8": "^", "int4": "v",
-           "one block": "x"}  # fmt: skip
+           "one block": "x", "at LoRA's rate": "P"}  # fmt: skip
 #: Of an evaluated round: its number, megabytes sent until then, loss.
 Points = list[tuple[float, float, float]]
 

@@ -9,7 +9,7 @@ from typing import Any
 from pool import Results
 from report import table
 
-from .cells import ADAPTERS, CODECS, GRIDS, RESULTS, SEEDS, TEXTS, WAYS, WITH_SGD, Tune
+from .cells import ADAPTERS, GRIDS, NOT_TUNED, RESULTS, SEEDS, TEXTS, WAYS, WITH_SGD, Tune
 from .pictures import loss_for_bytes
 
 ABOUT = {
@@ -92,7 +92,7 @@ def section(results: Results[Tune], scale: str, text: str) -> str:
     not_run = f"Not run: {'; '.join(absent)}." if absent else ""
     parts = [f"## {text}: {ABOUT[text]}", setting, table(head, lines), not_run]
     own = [Tune(text, a, scale, way=way) for way, tried in WAYS.items() for a in tried]
-    own = [kind for kind in own if kind.way not in CODECS]
+    own = [kind for kind in own if kind.way not in NOT_TUNED]
     parts += [ways(results, scale, text), tuning(results, [*kinds, *own])]
     return "\n\n".join(part for part in parts if part)
 
@@ -126,9 +126,10 @@ def ways(results: Results[Tune], scale: str, text: str) -> str:
     loss_for_bytes(curves, file, f"SmolLM2-135M over {kinds[0].of.num_clients} clients")
     return (
         "How an adapter is federated; codecs have the rate that was tuned for the plain way, the "
-        "others their own. MB count both directions. «MB to LoRA's loss»: until the "
-        "held-out loss is that of the plain LoRA's last round with the same seed, linear between "
-        f"evaluated rounds, mean of the seeds that reach it.\n\n{table(head, lines)}\n\n"
+        "others, but where it is said so, their own. MB count both directions. «MB to LoRA's "
+        "loss»: until the held-out loss is that of the plain LoRA's last round with the same seed, "
+        "linear between evaluated rounds, mean of the seeds that reach it.\n\n"
+        f"{table(head, lines)}\n\n"
         f"![held-out loss against rounds and megabytes]({file.name})"
     )
 
