@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -169,7 +170,7 @@ class Optimizers:
 
     def _shared_options(self, kind: type) -> dict[str, float]:
         """The arguments that a class has as its options."""
-        known = inspect.signature(kind).parameters
+        known = _options_of(kind)
         found = {"lr": self._args.learning_rate} if "lr" in known else {}
         if "weight_decay" in known:
             found["weight_decay"] = self._args.weight_decay
@@ -187,7 +188,7 @@ class Optimizers:
                     f"{name}={getattr(args, name)}, and the optimizer is made by a factory: let "
                     "the factory set it"
                 )
-            if name not in inspect.signature(self._class).parameters:
+            if name not in _options_of(self._class):
                 raise ArgumentsError(
                     f"{self.name} has no {name}, got {name}={getattr(args, name)}: leave it out, "
                     "or see optim_args for what it has"
@@ -234,6 +235,12 @@ class Optimizers:
         if self._class is _MUON and len(self._probe) > 1:
             rest = sum(len(group["params"]) for group in self._probe[1].param_groups)
             logger.warning("Muon is for matrices: AdamW trains the other %d tensors", rest)
+
+
+@functools.cache
+def _options_of(kind: type) -> frozenset[str]:
+    """Names of what a class takes; looked up for every client's turn."""
+    return frozenset(inspect.signature(kind).parameters)
 
 
 def _named(name: str) -> type[Optimizer]:
