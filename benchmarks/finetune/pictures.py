@@ -9,6 +9,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 COLORS = {"LoRA": "#2471a3", "FedPara": "#c0392b"}
 MARKERS = {"plain": "o", "exact average": "s", "ranks r/2, r, 2r": "D", "int8": "^", "int4": "v",
@@ -30,6 +31,7 @@ def loss_for_bytes(curves: Mapping[tuple[str, str], Points], path: Path, title: 
                 markerfacecolor=color if way == "plain" else "white",
                 label=adapter + (f", {way}" if way != "plain" else ""),
             )  # fmt: skip
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set(xlabel="round", ylabel="held-out loss (mean of the seeds)")
     panels[1].set(xlabel="sent, up and down (MB, logarithmic)", xscale="log")
     for panel in panels:
