@@ -188,7 +188,7 @@ class Optimizers:
                     f"{name}={getattr(args, name)}, and the optimizer is made by a factory: let "
                     "the factory set it"
                 )
-            if name not in _options_of(self._class):
+            if name not in _options_of(self._make):
                 raise ArgumentsError(
                     f"{self.name} has no {name}, got {name}={getattr(args, name)}: leave it out, "
                     "or see optim_args for what it has"
@@ -238,7 +238,7 @@ class Optimizers:
 
 
 @functools.cache
-def _options_of(kind: type) -> frozenset[str]:
+def _options_of(kind: Callable[..., Any]) -> frozenset[str]:
     """Names of what a class takes; looked up for every client's turn."""
     return frozenset(inspect.signature(kind).parameters)
 
