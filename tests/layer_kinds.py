@@ -1,5 +1,7 @@
 """One of each layer kind, its input, and a slow twin: the plain layer in float64."""
 
+import itertools
+
 import torch
 from peft import get_peft_model
 from tests.zoo import randomize
@@ -48,6 +50,15 @@ FORMS = [
     ("pfedpara", "tanh"),
     ("lowrank", None),
 ]
+
+
+def in_turn(*axes, by=MODES):
+    """All combinations, each with one of a last axis, which takes its turns along every other."""
+    found = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        chosen = (list(axis)[i] for axis, i in zip(axes, places, strict=True))
+        found.append((*chosen, by[sum(places) % len(by)]))
+    return found
 
 
 class Holder(nn.Module):

@@ -48,6 +48,7 @@ def outputs(page):
             yield shown[2]
 
 
+@pytest.mark.programs
 @pytest.mark.filterwarnings("ignore:.*will be removed in Click")  # flwr's, at its first import
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):

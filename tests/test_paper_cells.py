@@ -52,6 +52,7 @@ def of_seeds(cells, *seeds, **given):
     return [cells.Cell("cifar10", "cpu", "fedpara", seed=seed, **given) for seed in seeds]
 
 
+@pytest.mark.programs
 def test_cells_wait_for_their_tuning_and_each_is_trained_once(cells, run):
     wanted = of_seeds(cells, 0, 1)
     results, log, failed = run([*wanted, wanted[0]], jobs=2)
@@ -109,6 +110,7 @@ def test_an_optimizer_and_a_variant_with_tuning_of_its_own_have_their_own_runs(c
     assert json.loads(plain.key()).keys() == {"task", "scale", "method", "split"}
 
 
+@pytest.mark.programs
 def test_when_time_is_up_what_trains_goes_on_next_time(cells, run, paper, monkeypatch, tmp_path):
     pool, hangs = paper("pool"), paper("pretended_work").HANGS
     wanted = of_seeds(cells, 0, hangs, learning_rate=0.1)

@@ -8,6 +8,7 @@ import torch
 from tests.federation.made_up import made_up, sends
 from tests.federation.test_resume import InterruptedTestError, StopAfter, final, same
 from tests.federation.test_trainer import arguments, toy
+from tests.layer_kinds import in_turn
 from tests.zoo import adapted, mlp
 from transformers import (
     EarlyStoppingCallback,
@@ -76,10 +77,11 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
 
 
-@pytest.mark.parametrize("store", ["memory", "disk"])
-@pytest.mark.parametrize(("greater", "best"), [(None, 4), (True, 4), (False, 6)])
-@pytest.mark.parametrize("save_every", [0, 3])
-def test_the_best_rounds_model_and_clients_are_in_place(tmp_path, greater, best, save_every, store):
+@pytest.mark.parametrize(
+    ("lower", "save_every", "store"), in_turn([None, False, True], [0, 3], by=["memory", "disk"])
+)
+def test_the_best_rounds_model_and_clients_are_in_place(tmp_path, lower, save_every, store):
+    greater, best = None if lower is None else not lower, 6 if lower else 4
     run = trainer(
         tmp_path / "run", load_best_model_at_end=True, greater_is_better=greater,
         save_every=save_every, client_store=store, save_total_limit=2,

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tests.federation.runs import STRATEGIES, run
 from tests.federation.test_trainer import arguments, toy
 from tests.forks import FORKS, finish, kill, started
+from tests.layer_kinds import in_turn
 from tests.zoo import adapted, mlp
 
 from fedpara_peft import (
@@ -68,9 +69,9 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("stop", [3, 4])
-@pytest.mark.parametrize("store", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("strategy", "stop", "store"), in_turn(STRATEGIES, [3, 4], by=["memory", "disk"])
+)
 def test_resumed_is_uninterrupted(tmp_path, strategy, stop, store):
     strategy = STRATEGIES[strategy]
     whole = trainer(tmp_path / "whole", strategy)

@@ -5,7 +5,18 @@ import itertools
 import pytest
 import torch
 from peft import get_peft_model
-from tests.layer_kinds import FORMS, KINDS, MODES, PATHS, Holder, build, has_path, inputs, twin
+from tests.layer_kinds import (
+    FORMS,
+    KINDS,
+    MODES,
+    PATHS,
+    Holder,
+    build,
+    has_path,
+    in_turn,
+    inputs,
+    twin,
+)
 from tests.zoo import randomize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,10 +40,9 @@ def case(kind, mode, path, form):
     return model, inputs(kind)
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, None], ids=["float16", "bfloat16", "off"])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "path", "dtype", "mode"), in_turn(KINDS, PATHS, [*HALVES, None], by=MODES)
+)
 def test_trained_and_run_under_autocast(kind, mode, path, dtype):
     if kind == "lstm" and dtype == torch.float16:
         pytest.skip("torch's own LSTM has no float16 on a CPU")
@@ -63,10 +73,10 @@ def test_trained_and_run_under_autocast(kind, mode, path, dtype):
             assert error(factor.grad, grad) < 3 * close, (form, name)
 
 
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["float32", "own"])
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "path", "dtype", "adapter_dtype"),
+    in_turn(KINDS, PATHS, HALVES, by=[torch.float32, None]),
+)
 def test_a_half_precision_base_without_autocast(kind, path, dtype, adapter_dtype):
     if kind in ("lstm", "gru", "rnn") and dtype == torch.float16:
         pytest.skip("torch has no float16 recurrent layers on a CPU")

@@ -18,6 +18,7 @@ from tests.layer_kinds import (
     Holder,
     build,
     has_path,
+    in_turn,
     inputs,
     plain_state,
     twin,
@@ -113,10 +114,9 @@ def test_frozen_starts_as_the_identity(kind):
         assert not torch.allclose(other(x), expected)
 
 
-@pytest.mark.parametrize("effective", [True, False])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "path", "effective", "mode"), in_turn(KINDS, PATHS, [True, False])
+)
 def test_gradients_are_the_composed_weights(kind, mode, path, effective):
     """float64 autograd of the plain layer with W composed in the open gives the same gradients."""
     for form in FORMS:

@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tests.layer_kinds import FORMS, KINDS, MODES, PATHS, Holder, build, has_path, inputs, twin
+from tests.layer_kinds import (
+    FORMS,
+    KINDS,
+    MODES,
+    PATHS,
+    Holder,
+    build,
+    has_path,
+    in_turn,
+    inputs,
+    twin,
+)
 from torch import nn
 
 from fedpara_peft import FedParaConfig
@@ -28,10 +39,9 @@ def expanded(t):
     return t[:1].expand_as(t)
 
 
-@pytest.mark.parametrize("change", [strided, last, expanded])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "path", "change", "mode"), in_turn(KINDS, PATHS, [strided, last, expanded])
+)
 def test_inputs_that_are_not_contiguous(kind, mode, path, change):
     for form in FORMS:
         if not has_path(kind, form, path):
@@ -94,9 +104,7 @@ def test_a_model_in_channels_last_stays_in_it():
             assert model(x).is_contiguous(memory_format=torch.channels_last), (mode, path)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "path", "mode"), in_turn(KINDS, PATHS))
 def test_built_and_run_on_the_meta_device(kind, mode, path):
     for form in FORMS if path == "auto" else FORMS[:1]:
         if not has_path(kind, form, path):

@@ -20,6 +20,7 @@ from peft import (
 )
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
+from tests.layer_kinds import MODES, PATHS, in_turn
 from tests.zoo import Net, adapted, mlp, net_inputs, randomize
 from torch import nn
 from torch.nn.utils import vector_to_parameters
@@ -276,9 +277,9 @@ def test_copy_pickle_and_dtype(base_weight):
         assert torch.equal(model(images, ids), expected)
 
 
-@pytest.mark.parametrize("base_weight", ["frozen", "replaced"])
-@pytest.mark.parametrize("path", ["auto", "compose", "khatri_rao"])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("kind", "path", "base_weight"), in_turn(["linear", "conv"], PATHS, by=MODES)
+)
 def test_compile_without_graph_breaks(base_weight, path, kind):
     torch.compiler.reset()
     if kind == "linear":
