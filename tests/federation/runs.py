@@ -81,6 +81,7 @@ VARIANTS = {
     "ranks": {"uplink_codec": "topk:0.2+int4", "error_feedback": True},
     "late": {
         "buffer_size": 2, "max_staleness": 3, "client_seconds_sigma": 0.4,
+        "learning_rate": 0.03,  # stale updates and two momenta come to nothing at 0.1
         "uplink_codec": "topk:0.2+int4", "error_feedback": True,
     },
     "diverge": {"learning_rate": 1e30, "quorum": 0.5},
