@@ -55,9 +55,9 @@ FORMS = [
 def in_turn(*axes, by=MODES):
     """All combinations, each with one of a last axis, which takes its turns along every other."""
     found = []
-    for places in itertools.product(*(range(len(axis)) for axis in axes)):
-        chosen = (list(axis)[i] for axis, i in zip(axes, places, strict=True))
-        found.append((*chosen, by[sum(places) % len(by)]))
+    for placed in itertools.product(*map(enumerate, axes)):
+        turn = sum(place for place, _ in placed) % len(by)
+        found.append((*(value for _, value in placed), by[turn]))
     return found
 
 

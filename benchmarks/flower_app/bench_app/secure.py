@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from digits_app import task
-from digits_app.task import NUM_CLIENTS, data_fn, model_fn, test_set
+from digits_app.task import data_fn, model_fn
 from flwr.app import Context
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
 
-from fedpara_peft import FederatedArguments, accuracy
-from fedpara_peft.integrations.flower import client_app, server_app
+from bench_app.digits import server_of
+from fedpara_peft import FederatedArguments
+from fedpara_peft.integrations.flower import client_app
 
 
 def arguments(run_config: Mapping[str, Any]) -> FederatedArguments:
@@ -31,18 +31,7 @@ def arguments(run_config: Mapping[str, Any]) -> FederatedArguments:
 
 lasting = client_app(model_fn, data_fn, arguments, worker=True)
 plain = client_app(model_fn, data_fn, arguments)
-
-
-def server(context: Context) -> ServerApp:
-    """The example's server, with this run's deadline."""
-    return server_app(
-        model_fn,
-        arguments,
-        NUM_CLIENTS,
-        eval_data_fn=test_set,
-        compute_metrics=accuracy,
-        deadline_s=float(context.run_config["deadline-s"]),
-    )
+server = server_of(arguments)
 
 
 def client(context: Context) -> ClientApp:
