@@ -297,7 +297,7 @@ def text_of_engines(rows: list[Row]) -> str:
     ]  # fmt: skip
     chosen = [r["batched_of_sequential"] for r in rows if r["chosen"] == "batched"]
     told = f"Where it is taken: {mean(chosen):.2f}." if chosen else "It is taken nowhere here."
-    return f"## The stacked engine (federation/client/stacked.py)\n\n{table(header, lines)}\n\n" + (
+    return f"## The stacked engine (federation/client/stack)\n\n{table(header, lines)}\n\n" + (
         f"Clients of 40 examples, batches of 10. {told}"
     )
 

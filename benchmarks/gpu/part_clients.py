@@ -12,28 +12,37 @@ from session import Session
 from timing import spread
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpara_peft import FederatedArguments, FederatedTrainer, FedParaConfig
 
-EXAMPLES, BATCH = 80, 10
+EXAMPLES, BATCH, WORDS = 80, 10, 512
 
 
 def measure(session: Session, options: argparse.Namespace) -> None:
-    """Both nets at three sizes of the cohort, factorized and dense."""
-    nets, cohorts, ranks = ("MLP", "CNN"), (50, 10, 100), (4, None, 16)
+    """The nets at three sizes of the cohort, factorized and dense; adapters on the Llama."""
+    nets, cohorts, ranks = ("Llama", "MLP", "CNN"), (50, 10, 100), (4, None, 16)
     if session.smoke:
-        nets, cohorts, ranks = ("MLP", "CNN"), (2,), (2,)
+        nets, cohorts, ranks = ("Llama", "MLP", "CNN"), (2,), (2,)
     session.each(
         ("clients", clients, {"net": net, "r": r, "cohort": cohort})
         for r in ranks
         for net in nets
         for cohort in cohorts
+        if r is not None or net != "Llama"
     )
 
 
 def built(net: str, r: int | None) -> nn.Module:
-    """MLP 784-200-10, or two convolutions and a dense layer on 28 x 28 pixels."""
+    """MLP 784-200-10, two convolutions and a dense layer on 28 x 28 pixels, or a Llama 6 x 512."""
     torch.manual_seed(0)
+    if net == "Llama":
+        config = LlamaConfig(
+            vocab_size=WORDS, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
+            intermediate_size=1536,
+        )  # fmt: skip
+        base = LlamaForCausalLM(config)
+        return get_peft_model(base, FedParaConfig(r=r, target_modules=["q_proj", "v_proj"]))
     if net == "MLP":
         model = nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10))
         targets = ["0"]
@@ -49,13 +58,17 @@ def built(net: str, r: int | None) -> nn.Module:
     return get_peft_model(model, FedParaConfig(r=r, base_weight="replaced", target_modules=targets))
 
 
+def examples(net: str) -> Any:
+    """A client's: 80 vectors or images, or as many lines of 64 tokens."""
+    if net == "Llama":
+        return [{"input_ids": i, "labels": i} for i in torch.randint(WORDS, (EXAMPLES, 64))]
+    size = (784,) if net == "MLP" else (1, 28, 28)
+    return TensorDataset(torch.randn(EXAMPLES, *size), torch.randint(10, (EXAMPLES,)))
+
+
 def clients(session: Session, net: str, r: int | None, cohort: int) -> dict[str, Any]:
     """Rounds of both engines in turn: milliseconds a client."""
-    size = (784,) if net == "MLP" else (1, 28, 28)
-    data = [
-        TensorDataset(torch.randn(EXAMPLES, *size), torch.randint(10, (EXAMPLES,)))
-        for _ in range(cohort)
-    ]
+    data = [examples(net) for _ in range(cohort)]
     rounds, repeats = (2, 1) if session.smoke else (4, 2)
 
     def trainer(engine: str) -> FederatedTrainer:

@@ -17,7 +17,7 @@ from fedpara_peft import (
     Scaffold,
     partition,
 )
-from fedpara_peft.federation.client.stacked import BatchedTrainer
+from fedpara_peft.federation.client.stack.engine import BatchedTrainer
 
 
 def data(examples=118):

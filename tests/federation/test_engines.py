@@ -1,6 +1,5 @@
 """What the stacked engine cannot do the sequential one does, and nobody's results change."""
 
-import logging
 import random
 
 import numpy as np
@@ -205,14 +204,34 @@ def exactly(one, other):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", CANNOT)
-def test_auto_goes_back_with_nothing_changed(tmp_path, caplog, name):
+def partly_frozen(build):
+    """With something that does not train, so that the clients' rows are run together."""
+
+    def built():
+        model = build()
+        model.a.bias.requires_grad_(False)
+        return model
+
+    return built
+
+
+WAYS = {"mapped": lambda build: build, "together": partly_frozen}
+#: These are every client's own matter where rows are run together; see test_together.py.
+FINE_TOGETHER = {"a path that depends on the data", "hooked activations"}
+REFUSED = [
+    (name, way) for name in CANNOT for way in WAYS if way == "mapped" or name not in FINE_TOGETHER
+]
+
+
+@pytest.mark.parametrize(("name", "way"), REFUSED)
+def test_auto_goes_back_with_nothing_changed(tmp_path, caplog, name, way):
     """Bit for bit the sequential engine's results, and the callers' generators as they were."""
     settings = {"clients_per_round": 10, "clients": CLIENTS, "momentum": 0.5, "num_rounds": 2}
-    one, history = run(tmp_path / "a", "sequential", seeded(CANNOT[name]), **settings)
+    build = WAYS[way](seeded(CANNOT[name]))
+    one, history = run(tmp_path / "a", "sequential", build, **settings)
     drawn = torch.rand(1), random.random(), np.random.rand()
     caplog.clear()
-    other, again = run(tmp_path / "b", "auto", seeded(CANNOT[name]), **settings)
+    other, again = run(tmp_path / "b", "auto", build, **settings)
     assert drawn == (torch.rand(1), random.random(), np.random.rand())
     exactly(one, other)
     assert [r.train_loss for r in history] == [r.train_loss for r in again]
@@ -224,10 +243,10 @@ def test_auto_goes_back_with_nothing_changed(tmp_path, caplog, name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", CANNOT)
-def test_batched_says_why_it_cannot(tmp_path, name):
+@pytest.mark.parametrize(("name", "way"), REFUSED)
+def test_batched_says_why_it_cannot(tmp_path, name, way):
     with pytest.raises(ArgumentsError, match=r"engine='batched' is not possible: .*sequential"):
-        run(tmp_path, "batched", seeded(CANNOT[name]), clients=CLIENTS)
+        run(tmp_path, "batched", WAYS[way](seeded(CANNOT[name])), clients=CLIENTS)
 
 
 @pytest.mark.parametrize(
@@ -314,17 +333,19 @@ CAN = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("strategy", [None, FedProx(0.5), Scaffold()], ids=["avg", "prox", "sc"])
 @pytest.mark.parametrize("name", CAN)
-def test_what_can_be_stacked_is_the_same(tmp_path, stacked, name, strategy):  # noqa: F811
+def test_what_can_be_stacked_is_the_same(tmp_path, stacked, name, strategy, way):  # noqa: F811
     settings = {
         "weight_decay": 0.1, "clients": CLIENTS, "num_rounds": 3, "momentum": 0.9,
         # SCAFFOLD has no clipping beside decay.
         "max_grad_norm": None if isinstance(strategy, Scaffold) else 0.5,
     }  # fmt: skip
-    one = run(tmp_path / "a", "sequential", seeded(CAN[name]), strategy, **settings)
+    build = WAYS[way](seeded(CAN[name]))
+    one = run(tmp_path / "a", "sequential", build, strategy, **settings)
     assert not stacked
-    other = run(tmp_path / "b", "batched", seeded(CAN[name]), strategy, **settings)
+    other = run(tmp_path / "b", "batched", build, strategy, **settings)
     assert stacked
     same(one, other)
 
@@ -390,15 +411,3 @@ def test_a_loss_that_mixes_inputs_by_numpy_is_not_stacked(tmp_path):
     args = arguments(tmp_path, clients_per_round=10, engine="batched")
     with pytest.raises(ArgumentsError, match="draws random numbers from NumPy"):
         FederatedTrainer(Base().double(), args, CLIENTS, compute_loss=mixed).train()
-
-
-@pytest.mark.parametrize("engine", ["auto", "batched"])
-def test_a_collator_is_an_obstacle(tmp_path, caplog, engine):
-    caplog.set_level(logging.INFO)
-    args = arguments(tmp_path, clients_per_round=10, engine=engine)
-    collator = torch.utils.data.default_collate
-    if engine == "batched":
-        with pytest.raises(ArgumentsError, match="a data_collator makes each client's batches"):
-            FederatedTrainer(Base().double(), args, CLIENTS, data_collator=collator)
-    else:
-        FederatedTrainer(Base().double(), args, CLIENTS, data_collator=collator).train()

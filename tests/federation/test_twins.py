@@ -27,7 +27,7 @@ from fedpara_peft import (
 from fedpara_peft.comm.codecs import codec_from_name
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
-from fedpara_peft.federation.client.stacked import BatchedTrainer
+from fedpara_peft.federation.client.stack.engine import BatchedTrainer
 from fedpara_peft.federation.random import torch_generator
 from fedpara_peft.federation.server.sampling import drop_outs, sample_cohort
 

@@ -11,7 +11,7 @@ from typing import Any
 from .arguments import FederatedArguments
 from .client.evaluation import Evaluator
 from .client.local import LocalTrainer
-from .client.stacked import BatchedTrainer
+from .client.stack.engine import BatchedTrainer
 from .client.turn import Keeps, Turns
 from .crew import Crew
 from .data.fingerprint import population_facts

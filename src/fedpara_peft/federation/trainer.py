@@ -21,7 +21,7 @@ from .backends import backend_of
 from .client.evaluation import Evaluator, Metrics
 from .client.local import LocalTrainer
 from .client.optimizer import OptimizerFactory
-from .client.stacked import BatchedTrainer
+from .client.stack.engine import BatchedTrainer
 from .client.trainers.given import LocalTrainerFactory, given_trainer
 from .client.turn import Turns
 from .crew import Crew

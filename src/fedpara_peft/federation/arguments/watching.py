@@ -12,8 +12,8 @@ class WatchingArguments:
     engine: str = field(
         default="auto",
         metadata={
-            "help": "sequential: one client after the other; batched: clients with equally many "
-            "examples side by side, the same up to rounding; auto: batched where it is known to "
+            "help": "sequential: one client after the other; batched: clients whose steps have equally "
+            "many rows side by side, the same up to rounding; auto: batched where it is known to "
             "pay, in one process.",
             "choices": ["auto", "sequential", "batched"],
         },

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 from ..errors import ArgumentsError, ClientDataError
 from .labels import label_name
@@ -45,12 +46,13 @@ class Loss(NamedTuple):
 LossFunction = Callable[[nn.Module, Any], Any]
 
 
-def read_loss(found: Any, of: str = "compute_loss") -> Loss:
+def read_loss(found: Any, of: str = "compute_loss", clients: int | None = None) -> Loss:
     """What a loss function returned: a loss, ``(loss, outputs)`` or ``(loss, outputs, terms)``.
 
     Args:
         found: what it returned.
         of: the function, for the error.
+        clients: of how many clients side by side it is, a number each; None: it is one number.
 
     Raises:
         ArgumentsError: it is something else, or the loss is not one number.
@@ -66,10 +68,11 @@ def read_loss(found: Any, of: str = "compute_loss") -> Loss:
             "or (loss, logits, number of terms)"
         )
     loss = Loss(*parts)
-    if not isinstance(loss.mean, Tensor) or loss.mean.numel() != 1:
+    if not isinstance(loss.mean, Tensor) or loss.mean.numel() != (clients or 1):
         shape = tuple(loss.mean.shape) if isinstance(loss.mean, Tensor) else type(loss.mean)
         raise ArgumentsError(f"{of} returned a loss of {shape}: return a mean, one number")
-    return loss if loss.mean.dim() == 0 else loss._replace(mean=loss.mean.reshape(()))
+    shape = () if clients is None else (clients,)
+    return loss if loss.mean.shape == shape else loss._replace(mean=loss.mean.reshape(shape))
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,16 @@ def classification_loss(output: Any, labels: Any) -> Loss:
 def _counted(targets: Tensor) -> Tensor | float:
     """How many class indices count. A small net's step notices how this is found."""
     size = targets.numel()
-    if size and targets.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+    if size and targets.device.type == "cpu" and not _mapped(targets):
         least = int(targets.min())  # of those that cross-entropy took, only IGNORED is negative
         if least >= 0:
             return float(size)
     return targets.ne(IGNORED).sum()
+
+
+def _mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is of several clients, so that its content may not be asked for."""
+    return torch._C._are_functorch_transforms_active() or has_torch_function((tensor,))
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,47 +1,50 @@
-"""Many small clients in one step: their factors stacked, the model mapped over the stack.
+"""Many small clients in one step, where that is known to pay and shown to be right.
 
-Each client's steps are those of :class:`~.local.LocalTrainer`, up to rounding. What a client costs
+Each client's steps are those of :class:`~..local.LocalTrainer`, up to rounding. What a client costs
 beyond its arithmetic is paid once for all; its weights, though, no longer stay in the processor's
-cache. So this pays for small adapters, and costs where a client's weights are large.
+cache. So this pays for small adapters, and costs where a client's own weights are large.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from accelerate.utils import send_to_device
+from torch import nn
 
-from ...comm.state import State
-from ...maths.errors import FedParaError
-from ...maths.precision import wide
-from ...tuner.layer import FedParaLayer
-from ...tuner.scope import persistent_buffers, remainders
-from ..arguments import FederatedArguments
-from ..data.batches import batch_sizes, tensors_of
-from ..data.loss import DefaultLoss, LossFunction, read_loss
-from ..errors import ArgumentsError
-from ..precision import Precision
-from ..random import torch_generator
-from ..state import Broadcast, ClientState
-from .gradients import one_row_said
-from .local import LocalTrainer, Turn
-from .optimizer_state import likeness
+from ....comm.state import State
+from ....maths.errors import FedParaError
+from ....maths.precision import wide
+from ....tuner.layer import FedParaLayer
+from ....tuner.scope import persistent_buffers, remainders
+from ...arguments import FederatedArguments
+from ...data.loss import DefaultLoss, LossFunction, read_loss
+from ...errors import ArgumentsError, ClientDataError
+from ...precision import Precision
+from ...state import Broadcast, ClientState
+from ..gradients import one_row_said
+from ..local import LocalTrainer, Turn
+from ..optimizer_state import likeness
+from ..steps import CannotPauseError, Stepped, Steps
+from .batches import Batches, OneByOneError, likeness_of
+from .losses import Together, losses_of
 from .sideeffects import SideEffects
-from .steps import CannotPauseError, Stepped, Steps, in_a_round
 
 logger = logging.getLogger(__name__)
 
 #: Trained values of a client up to which stacking paid on the CPU it was measured on (on a GPU it
-#: paid most, and was measured up to half of that).
+#: paid most, and was measured up to half of that) …
 _MOST_VALUES = 20_000
+#: … or up to this share of a frozen base of up to so many values.
+_MOST_OF_FROZEN, _MOST_FROZEN = 0.25, 25_000_000
 _FEWEST_CLIENTS = 8
-#: Values in one stack.
-_STACK_VALUES = 1 << 24
+#: Values in one stack, and clients whose rows go through a base together: more gained nothing.
+_STACK_VALUES, _MOST_TOGETHER = 1 << 24, 16
 #: Relative difference of the two engines' first gradients that rounding does not explain.
 _DISAGREE = 1e-2
 
@@ -50,7 +53,7 @@ Ended = tuple[Turn, int, Stepped, State, State]
 
 
 class BatchedTrainer:
-    """Trains clients with equally many examples side by side.
+    """Trains clients whose steps have equally many rows side by side.
 
     The first stack tells whether the model can be stacked at all: it must run, change nothing but
     what is trained, draw no random numbers, and have the gradients of the sequential engine.
@@ -73,7 +76,8 @@ class BatchedTrainer:
         self._args = args
         self._device = accelerator.device
         self._alone = accelerator.num_processes == 1
-        self._loss = _Loss(local.model, compute_loss)
+        self._compute_loss = compute_loss
+        self._losses = losses_of(local.model, compute_loss, local.parameters)
         self._default_loss = isinstance(compute_loss, DefaultLoss)
         self._plain = Precision.of(args.mixed_precision, accelerator).is_full
         self._proven = False
@@ -84,12 +88,8 @@ class BatchedTrainer:
         args, model = self._args, self._local.model
         if owner := self._local.objective.owner:
             return f"{owner} has a local loss of its own, which is for one client at a time"
-        if self._local.collator is not None:
-            return "a data_collator makes each client's batches from its rows"
         if persistent_buffers(model).keys() - remainders(model).keys():
             return "the model has buffers that training changes (use group norm)"
-        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            return "fused recurrent kernels cannot be mapped"
         if any(_drops(module) for module in model.modules()):
             return "dropout draws other numbers when clients are stacked"
         if _hooked(model):
@@ -107,33 +107,37 @@ class BatchedTrainer:
             return True
         return (
             num_clients >= _FEWEST_CLIENTS
-            and self._values() <= _MOST_VALUES
+            and self._pays()
             and self._device.type in ("cpu", "cuda")
             and self._default_loss
-            # Stacks follow the processes' shares, and rounding the stacks.
-            and self._alone
-            # Their own losses and hidden dropouts are not known here.
-            and not hasattr(getattr(self._local.model, "config", None), "model_type")
+            and self._keeps_nothing(self._local.collator)
+            and self._alone  # stacks follow the processes' shares, and rounding the stacks
         )
 
     def groups(
         self, data: Mapping[int, Any], states: Mapping[int, ClientState | None]
     ) -> list[list[int]]:
-        """Clients of equally many like examples, as many as are worth a stack; not the others.
+        """Clients whose steps have equally many like rows, as many as are worth a stack.
 
         Their optimizers must be alike, too, where they are kept: torch counts their steps together.
         """
-        by_size: dict[Any, list[int]] = {}
+        alike: dict[Any, list[int]] = {}
         for client, dataset in data.items():
-            if (found := tensors_of(dataset)) is not None:
-                like = tuple((t.shape[1:], t.dtype, t.device) for t in found[0])
-                state = states[client]
-                kept = likeness(state.optimizer) if state is not None else ()
-                by_size.setdefault((len(dataset), like, kept), []).append(client)
+            try:
+                like = likeness_of(dataset, self._args, self._local.last_batch())
+            except ClientDataError:  # which the sequential engine says, and whose
+                continue
+            state = states[client]
+            kept = likeness(state.optimizer) if state is not None else ()
+            alike.setdefault((like, kept), []).append(client)
         most = max(1, _STACK_VALUES // max(1, self._values()))
-        stacks = [
-            group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)
-        ]
+        if isinstance(self._losses, Together):
+            most = min(most, _MOST_TOGETHER)
+        stacks = []
+        for group in alike.values():
+            parts = -(-len(group) // most)
+            bounds = [len(group) * i // parts for i in range(parts + 1)]
+            stacks += [group[a:b] for a, b in itertools.pairwise(bounds)]
         fewest = 2 if self._args.engine == "batched" else _FEWEST_CLIENTS
         return [group for group in stacks if len(group) >= fewest]
 
@@ -146,11 +150,11 @@ class BatchedTrainer:
         states: Sequence[ClientState | None],
         resting: Collection[str] = (),
     ) -> list[Ended] | None:
-        """Train clients of equally many examples; arguments of :meth:`LocalTrainer.end` for each.
+        """Train clients whose steps are alike; arguments of :meth:`LocalTrainer.end` for each.
 
         Args:
             clients: client indices.
-            datasets: tensor data sets.
+            datasets: theirs.
             round: rounds completed.
             broadcast: what the clients received.
             states: what they kept.
@@ -177,7 +181,7 @@ class BatchedTrainer:
                 self._proven = True
                 return ended
         # Of data or loss, which the sequential engine finds, and says whose; or steps differ.
-        except (FedParaError, CannotPauseError):
+        except (FedParaError, CannotPauseError, OneByOneError):
             if effects is not None:
                 effects.undo()
             return None
@@ -221,11 +225,15 @@ class BatchedTrainer:
             local.optimizers, self._args, round, stack, turns[0].seen.params,
             [t.correction for t in turns], [t.optimizer for t in turns], count,
         )  # fmt: skip
-        first = True
-        for batch, rows in self._batches(clients, datasets, round):
-            loss, counts = self._gradients(stack, batch, rows)
-            if first and not self._proven:
-                self._compare([column[0] for column in batch], stack)
+        todo = Batches(
+            datasets, clients, round, self._args, local.collator, local.last_batch(), self._device
+        )
+        first = not self._proven
+        for batches, rows in todo:
+            batches = [send_to_device(batch, self._device) for batch in batches]
+            loss, counts = self._losses(stack, batches, rows)
+            if first:
+                self._compare(batches[0], stack)
             first = False
             made = None if bool(counts.all()) else counts > 0
             steps.step([(loss if made is None else loss.where(made, 0), counts)], made)
@@ -241,42 +249,11 @@ class BatchedTrainer:
             for i, (turn, stepped) in enumerate(zip(turns, steps.final(), strict=True))
         ]
 
-    def _batches(
-        self, clients: Sequence[int], datasets: Sequence[Any], round: int
-    ) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-        """Every client's batches in its own order, ``(clients, rows, ...)`` for each column."""
-        args = self._args
-        sizes = batch_sizes(len(datasets[0]), args.per_client_batch_size, self._local.last_batch())
-
-        def of(epoch: int) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-            orders = [torch_generator(args.seed, round, c, f"batches {epoch}") for c in clients]
-            columns = [column[:, : sum(sizes)] for column in _gathered(datasets, orders)]
-            parts = [torch.split(column.to(self._device), sizes, 1) for column in columns]
-            yield from zip(zip(*parts, strict=True), sizes, strict=True)
-
-        return in_a_round(of, args)
-
-    def _gradients(
-        self, stack: State, batch: tuple[Tensor, ...], rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """Fill the stack's gradients; mean loss and number of terms of every client."""
-
-        def one(tensors: State, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-            found: tuple[Tensor, Tensor] = functional_call(self._loss, named, (batch, rows))
-            return found
-
-        losses, terms = vmap(one)(stack, batch)
-        for tensor in stack.values():
-            tensor.grad = None
-        torch.autograd.backward(losses.sum(), inputs=list(stack.values()))
-        return losses.detach(), terms
-
-    def _compare(self, batch: Sequence[Tensor], stack: State) -> None:
+    def _compare(self, batch: Any, stack: State) -> None:
         """The first client's gradients against those that it has alone; the model holds it."""
         grads = {n: t.grad[0] for n, t in stack.items() if t.grad is not None}
         parameters = {n: p for n, p in self._local.parameters.items() if p.requires_grad}
-        loss, _ = self._loss(tuple(batch), len(batch[0]))
+        loss = read_loss(self._compute_loss(self._local.model, batch)).mean
         if not bool(loss.isfinite()):
             return
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -289,34 +266,29 @@ class BatchedTrainer:
         if apart > _DISAGREE**2 * size:
             raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")
 
+    def _pays(self) -> bool:
+        """Whether stacking is known to pay for this model."""
+        model, own = self._local.model, self._values()
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            return False
+        if isinstance(self._losses, Together):
+            frozen = sum(p.numel() for p in model.parameters()) - own
+            if own <= _MOST_OF_FROZEN * frozen and frozen <= _MOST_FROZEN:
+                return True
+        elif hasattr(getattr(model, "config", None), "model_type"):
+            return False  # many cannot be mapped whole
+        return own <= _MOST_VALUES
+
+    @staticmethod
+    def _keeps_nothing(collator: Any) -> bool:
+        """Whether a collator is known to make the same of rows however often it is asked."""
+        own = type(collator).__module__.partition(".")[0]
+        return collator is None or (
+            own == "transformers" and getattr(collator, "seed", None) is None
+        )
+
     def _values(self) -> int:
         return sum(p.numel() for p in self._local.parameters.values())
-
-
-class _Loss(nn.Module):
-    """A loss function as a module, so that the model's tensors can be exchanged in it."""
-
-    def __init__(self, model: nn.Module, compute_loss: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self._compute = compute_loss
-
-    def forward(self, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
-        found = read_loss(self._compute(self.model, batch))
-        terms = rows if found.terms is None else found.terms
-        return found.mean, torch.as_tensor(terms, dtype=torch.float32, device=found.mean.device)
-
-
-def _gathered(datasets: Sequence[Any], orders: Sequence[torch.Generator]) -> list[Tensor]:
-    """Every client's rows in its own order, ``(clients, examples, ...)`` for each column."""
-    rows = []
-    for data, generator in zip(datasets, orders, strict=True):
-        found = tensors_of(data)
-        assert found is not None
-        tensors, own = found
-        order = torch.randperm(len(data), generator=generator)
-        rows.append([t[order if own is None else own[order]] for t in tensors])
-    return [torch.stack(list(column)) for column in zip(*rows, strict=True)]
 
 
 def _hooked(model: nn.Module) -> bool:

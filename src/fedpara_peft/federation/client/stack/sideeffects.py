@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...tuner.layer import FedParaLayer
+from ....tuner.layer import FedParaLayer
+from ...random import Generators
 
 _CONTAINERS = (dict, OrderedDict, list, set)
+#: What recurrent modules make again from their weights when these are others than before.
+_MADE_AGAIN = {"_flat_weights", "_flat_weight_refs"}
 _PLAIN = (int, float, str, bool, tuple, type(None), torch.Size)
 
 
@@ -37,17 +38,18 @@ class SideEffects:
         self._contents = [
             (name, value, value.copy())
             for _, name, attributes in self._attributes
-            for value in attributes.values()
-            if type(value) in _CONTAINERS
+            for key, value in attributes.items()
+            if type(value) in _CONTAINERS and key not in _MADE_AGAIN
         ]
         self._buffers = [(name, b, b.clone(), b._version) for name, b in model.named_buffers()]
-        self._generators = self._states()
+        self._generators = Generators.now(device)
 
     def found(self) -> str | None:
         """What has changed since; None if nothing has."""
         for module, name, before in self._attributes:
             now = vars(module)
-            for key in before.keys() | now.keys():
+            own = _MADE_AGAIN if isinstance(module, nn.RNNBase) else set()
+            for key in (before.keys() | now.keys()) - own:
                 if key not in before or key not in now or not _same(before[key], now[key]):
                     return f"its forward changes {key!r} of {_shown(name)}"
         for name, container, content in self._contents:
@@ -56,10 +58,8 @@ class SideEffects:
         for name, buffer, _, version in self._buffers:
             if buffer._version != version:
                 return f"its forward changes the buffer {name!r}"
-        names = ("torch", "torch", "NumPy", "Python's random")
-        for name, before, now in zip(names, self._generators, self._states(), strict=True):
-            if repr(before) != repr(now) if name != "torch" else not torch.equal(before, now):
-                return f"it draws random numbers from {name}"
+        if owner := Generators.now(self._device).moved(self._generators):
+            return f"it draws random numbers from {owner}"
         return None
 
     def undo(self) -> None:
@@ -74,18 +74,7 @@ class SideEffects:
             for _, buffer, values, version in self._buffers:
                 if buffer._version != version:
                     buffer.copy_(values)
-        cpu, device, numpy_state, python_state = self._generators
-        torch.set_rng_state(cpu)
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(device, self._device)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-
-    def _states(self) -> tuple[Tensor, Tensor, Any, Any]:
-        cpu = torch.get_rng_state()
-        on_cuda = self._device.type == "cuda"
-        device = torch.cuda.get_rng_state(self._device) if on_cuda else cpu
-        return cpu, device, np.random.get_state(legacy=False), random.getstate()
+        self._generators.put_back(self._device)
 
 
 def _same(before: Any, now: Any) -> bool:

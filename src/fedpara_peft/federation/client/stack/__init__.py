@@ -1,0 +1,1 @@
+"""Many clients in one step: in whose batches, by which tensors, and whether it is right."""

@@ -1,0 +1,120 @@
+"""The losses of a stack's clients, in one pass through the model, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from ....comm.state import State
+from ...data.loss import LossFunction, read_loss
+from ...errors import ArgumentsError
+from .batches import joined
+from .rows import Rows
+
+
+class Losses(Protocol):
+    """A way to run many clients at once."""
+
+    def __call__(self, stack: State, batches: Sequence[Any], rows: int) -> tuple[Tensor, Tensor]:
+        """Fill the stack's gradients.
+
+        Args:
+            stack: the clients' tensors, ``(clients, …)`` each.
+            batches: the clients'.
+            rows: of each batch.
+
+        Returns:
+            The mean losses and of how many terms each is, ``(clients,)`` both.
+        """
+
+
+def losses_of(model: nn.Module, compute_loss: LossFunction, names: Iterable[str]) -> Losses:
+    """The way that suits a model: as one with a frozen base, or recurrent, its rows together.
+
+    Args:
+        model: in place.
+        compute_loss: from the model and a batch to what :func:`~..data.loss.read_loss` reads.
+        names: of what trains.
+    """
+    frozen = any(not p.requires_grad for p in model.parameters())
+    if frozen or any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        return Together(model, compute_loss, names)
+    return Mapped(model, compute_loss)
+
+
+class Mapped:
+    """The whole model, mapped over the clients: where all of it is a client's own."""
+
+    def __init__(self, model: nn.Module, compute_loss: LossFunction) -> None:
+        self._loss = _Loss(model, compute_loss)
+
+    def __call__(self, stack: State, batches: Sequence[Any], rows: int) -> tuple[Tensor, Tensor]:
+        """See :class:`Losses`."""
+
+        def one(tensors: State, batch: Any) -> tuple[Tensor, Tensor]:
+            named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+            found: tuple[Tensor, Tensor] = functional_call(self._loss, named, (batch, rows))
+            return found
+
+        losses, terms = vmap(one)(stack, _apart(joined(batches), len(batches)))
+        _backward(losses, stack)
+        return losses.detach(), terms
+
+
+class Together:
+    """All clients' rows in one batch (:mod:`.rows`): where much of the model is everybody's."""
+
+    def __init__(self, model: nn.Module, compute_loss: LossFunction, names: Iterable[str]) -> None:
+        self._model, self._compute = model, compute_loss
+        self._rows = Rows(model, names)
+
+    def __call__(self, stack: State, batches: Sequence[Any], rows: int) -> tuple[Tensor, Tensor]:
+        """See :class:`Losses`."""
+        clients = len(batches)
+        batch = joined(batches)
+        with self._rows.of(stack, clients, rows) as reductions:
+            with reductions:
+                found = self._compute(self._model, batch)
+            try:
+                loss = read_loss(found, clients=clients)
+            except ArgumentsError:
+                raise RuntimeError(
+                    "its loss is not a mean that every client has of its own"
+                ) from None
+            terms = torch.as_tensor(rows if loss.terms is None else loss.terms)
+            if terms.shape != loss.mean.shape and loss.terms is not None:
+                raise RuntimeError("the number of its loss's terms is not told by client")
+            _backward(loss.mean, stack)
+        return loss.mean.detach(), terms.expand(clients).to(loss.mean.device, torch.float32)
+
+
+class _Loss(nn.Module):
+    """A loss function as a module, so that the model's tensors can be exchanged in it."""
+
+    def __init__(self, model: nn.Module, compute_loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._compute = compute_loss
+
+    def forward(self, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
+        found = read_loss(self._compute(self.model, batch))
+        terms = rows if found.terms is None else found.terms
+        return found.mean, torch.as_tensor(terms, dtype=torch.float32, device=found.mean.device)
+
+
+def _backward(losses: Tensor, stack: State) -> None:
+    for tensor in stack.values():
+        tensor.grad = None
+    torch.autograd.backward(losses.sum(), inputs=list(stack.values()))
+
+
+def _apart(batch: Any, clients: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _apart(part, clients) for key, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_apart(part, clients) for part in batch)
+    return batch.unflatten(0, (clients, -1))
