@@ -33,13 +33,14 @@ def measure(session: Session, options: argparse.Namespace) -> None:
     )
 
 
-def built(net: str, r: int | None) -> nn.Module:
+def built(net: str, r: int | None, small: bool = False) -> nn.Module:
     """MLP 784-200-10, two convolutions and a dense layer on 28 x 28 pixels, or a Llama 6 x 512."""
     torch.manual_seed(0)
     if net == "Llama":
+        layers, width = (1, 32) if small else (6, 512)
         config = LlamaConfig(
-            vocab_size=WORDS, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
-            intermediate_size=1536,
+            vocab_size=WORDS, hidden_size=width, num_hidden_layers=layers, num_attention_heads=8,
+            intermediate_size=3 * width,
         )  # fmt: skip
         base = LlamaForCausalLM(config)
         return get_peft_model(base, FedParaConfig(r=r, target_modules=["q_proj", "v_proj"]))
@@ -59,9 +60,10 @@ def built(net: str, r: int | None) -> nn.Module:
 
 
 def examples(net: str) -> Any:
-    """A client's: 80 vectors or images, or as many lines of 64 tokens."""
+    """A client's: 80 vectors or images, or 20 lines of 64 tokens."""
     if net == "Llama":
-        return [{"input_ids": i, "labels": i} for i in torch.randint(WORDS, (EXAMPLES, 64))]
+        ids = torch.randint(WORDS, (EXAMPLES // 4, 64))
+        return [{"input_ids": row, "labels": row} for row in ids]
     size = (784,) if net == "MLP" else (1, 28, 28)
     return TensorDataset(torch.randn(EXAMPLES, *size), torch.randint(10, (EXAMPLES,)))
 
@@ -77,7 +79,7 @@ def clients(session: Session, net: str, r: int | None, cohort: int) -> dict[str,
             learning_rate=1e-3,
             disable_tqdm=True,
         )  # fmt: skip
-        return FederatedTrainer(built(net, r), args, data)
+        return FederatedTrainer(built(net, r, session.smoke), args, data)
 
     times: dict[str, list[float]] = {"sequential": [], "batched": []}
     for _ in range(repeats):

@@ -211,6 +211,20 @@ def test_rows_that_a_collator_draws_for(tmp_path, stacked):  # noqa: F811
     alike(one, other)
 
 
+def test_rows_that_a_collator_packs(tmp_path, stacked):  # noqa: F811
+    """Two rows of the data in one of the batch."""
+
+    def packed(rows):
+        ids = torch.tensor([row["input_ids"] for row in rows]).flatten().view(-1, 2 * LENGTH)
+        return {"input_ids": ids, "labels": ids}
+
+    more = {"data_collator": packed}
+    clients = texts(padded=False, rows=4)
+    one, other = both(tmp_path, Reader, clients, more=more, per_client_batch_size=4)
+    assert stacked == [6, 6]
+    alike(one, other)
+
+
 def test_clients_of_several_sizes_make_equally_many_steps(tmp_path, stacked):  # noqa: F811
     clients = [rows[: 4 + i % 3] for i, rows in enumerate(texts(padded=False, rows=6))]
     one, other = both(tmp_path, Reader, clients, per_client_max_steps=2)
@@ -320,6 +334,17 @@ class Peeks(Frozen):
         return found * 2 if x.std() > 100 else found
 
 
+class LooksAtARow(Frozen):
+    """At the first or the last of its batch, from all others."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.row = row
+
+    def forward(self, x):
+        return super().forward(x - x[self.row])
+
+
 class Calls(Frozen):
     """Uses a layer's weight without calling it."""
 
@@ -342,6 +367,8 @@ class Positions(Frozen):
     ("kind", "says"),
     [
         (Peeks, "asks for the content of a tensor of the whole batch"),
+        (lambda: LooksAtARow(0), "gradients differ"),
+        (lambda: LooksAtARow(-1), "gradients differ"),
         (Calls, "does not require grad|train other parameters"),
         (Positions, "called on what is no client's"),
     ],

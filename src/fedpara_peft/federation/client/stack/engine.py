@@ -232,8 +232,11 @@ class BatchedTrainer:
         for batches, rows in todo:
             batches = [send_to_device(batch, self._device) for batch in batches]
             loss, counts = self._losses(stack, batches, rows)
-            if first:
-                self._compare(batches[0], stack)
+            if first:  # for both ends: a model may look at its batch's first row, or its last
+                for i in (-1, 0):
+                    local.load(broadcast.params, states[i])
+                    found = {n: t.grad[i] for n, t in stack.items() if t.grad is not None}
+                    self._compare(batches[i], found)
             first = False
             made = None if bool(counts.all()) else counts > 0
             steps.step([(loss if made is None else loss.where(made, 0), counts)], made)
@@ -249,9 +252,8 @@ class BatchedTrainer:
             for i, (turn, stepped) in enumerate(zip(turns, steps.final(), strict=True))
         ]
 
-    def _compare(self, batch: Any, stack: State) -> None:
-        """The first client's gradients against those that it has alone; the model holds it."""
-        grads = {n: t.grad[0] for n, t in stack.items() if t.grad is not None}
+    def _compare(self, batch: Any, grads: State) -> None:
+        """A client's gradients against those that it has alone; the model holds it."""
         parameters = {n: p for n, p in self._local.parameters.items() if p.requires_grad}
         loss = read_loss(self._compute_loss(self._local.model, batch)).mean
         if not bool(loss.isfinite()):

@@ -76,7 +76,7 @@ class Together:
         """See :class:`Losses`."""
         clients = len(batches)
         batch = joined(batches)
-        with self._rows.of(stack, clients, rows) as reductions:
+        with self._rows.of(stack, clients, _length(batch) // clients) as reductions:
             with reductions:
                 found = self._compute(self._model, batch)
             try:
@@ -110,6 +110,13 @@ def _backward(losses: Tensor, stack: State) -> None:
     for tensor in stack.values():
         tensor.grad = None
     torch.autograd.backward(losses.sum(), inputs=list(stack.values()))
+
+
+def _length(batch: Any) -> int:
+    """Rows of a batch, which need not be as many as a collator was given."""
+    if isinstance(batch, Mapping):
+        return _length(next(iter(batch.values())))
+    return _length(batch[0]) if isinstance(batch, tuple) else len(batch)
 
 
 def _apart(batch: Any, clients: int) -> Any:

@@ -14,7 +14,7 @@ trusted, and a forward that branches on the batch's content is refused unless al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,9 +40,10 @@ _ALONG: dict[str, Any] = {
 #: Reductions of a whole tensor, by what does the same along a dimension.
 _REDUCTIONS = {getattr(owner, n): f for n, f in _ALONG.items() for owner in (torch, Tensor)}
 _NUMBERS = frozenset({
-    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist,
+    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item,
 })  # fmt: skip
-_COMPARED = frozenset({torch.equal, Tensor.equal, torch.allclose, Tensor.allclose})
+#: What tells of a tensor's content in other ways.
+_TOLD = frozenset({torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, Tensor.tolist})
 
 
 class Rows:
@@ -119,7 +120,7 @@ class Reductions(TorchFunctionMode):
             return self._loss(func, *args, **kwargs)
         if func in _REDUCTIONS and len(args) == 1 and not {"dim", "axis"} & kwargs.keys():
             return self._reduced(func, args[0], kwargs)
-        if func in _COMPARED or func in _NUMBERS:
+        if func in _TOLD or func in _NUMBERS:
             return self._agreed(func, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -161,12 +162,14 @@ class _Owner:
 
     def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
         self._module, self._names = module, names
+        self._inner = _Forward(module)
         self._before: Any = None
         self._recurrent = next((m for m in module.modules() if isinstance(m, nn.RNNBase)), None)
 
     def enter(self, stack: State, reductions: Reductions) -> None:
         self._before = vars(self._module).get("forward")
-        inner = _Forward(self._module)
+        inner = self._inner
+        inner.own_forward = self._module.forward
         own = {f"module.{n}": stack[known] for n, known in self._names.items() if known in stack}
         run = _mapped if self._recurrent is None else _one_by_one
         dim = 0 if self._recurrent is None or self._recurrent.batch_first else 1
@@ -193,10 +196,10 @@ class _Forward(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._forward = module.forward
+        self.own_forward: Callable[..., Any] = module.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        return self.own_forward(*args, **kwargs)
 
 
 def _mapped(
