@@ -12,9 +12,9 @@ class WatchingArguments:
     engine: str = field(
         default="auto",
         metadata={
-            "help": "sequential: one client after the other; batched: clients whose steps have equally "
-            "many rows side by side, the same up to rounding; auto: batched where it is known to "
-            "pay, in one process.",
+            "help": "sequential: one client after the other; batched: clients whose steps have "
+            "equally many rows side by side, the same up to rounding; auto: batched where it is "
+            "known to pay, in one process.",
             "choices": ["auto", "sequential", "batched"],
         },
     )
