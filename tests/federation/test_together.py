@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from fedpara_peft import ArgumentsError, FederatedTrainer, FedParaConfig, Scaffold
+from fedpara_peft.federation.data.loss import Loss, read_loss
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -75,9 +76,9 @@ class Reader(nn.Module):
         return getattr(self.recurrent, "base_layer", self.recurrent)
 
 
-def texts(clients=6, rows=ROWS, length=LENGTH, labels=None, seed=1, padded=True):
+def texts(clients=6, rows=ROWS, length=LENGTH, labels=None, padded=True):
     """Rows as a tokenizer makes them; of several lengths, and as padded to one."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(1)
     found = []
     for _ in range(clients):
         own = []
@@ -235,17 +236,17 @@ def test_clients_of_several_sizes_make_equally_many_steps(tmp_path, stacked):  #
 class Frozen(nn.Module):
     """Something of all clients before what is a client's own."""
 
-    def __init__(self, kind=nn.Linear):
+    def __init__(self):
         super().__init__()
-        self.first, self.last = kind(6, 6), nn.Linear(6, 3)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
         self.first.requires_grad_(False)
 
     def forward(self, x):
         return self.last(torch.tanh(self.first(x)))
 
 
-def pairs(clients=8, rows=12, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def pairs(clients=8, rows=12):
+    g = torch.Generator().manual_seed(0)
     return [
         TensorDataset(
             torch.randn(rows, 6, generator=g).double() + 0.2 * c,
@@ -305,6 +306,14 @@ def test_what_is_no_mean_of_rows_goes_one_by_one(tmp_path, name):
     alike(one, other)
     with pytest.raises(ArgumentsError, match="engine='batched' is not possible"):
         both(tmp_path / "b", Frozen, pairs(), more=more)
+
+
+def test_one_number_is_no_loss_of_several_clients():
+    mean = torch.tensor([1.0, 2.0, 3.0])
+    assert read_loss(Loss(mean), clients=3).mean is mean
+    for found in (Loss(mean[0]), mean[0], Loss(mean[:2])):
+        with pytest.raises(ArgumentsError, match="returned a loss of"):
+            read_loss(found, clients=3)
 
 
 class Branches(Frozen):

@@ -19,17 +19,18 @@ from ...comm.errors import PayloadError
 from ...comm.state import State, communicated_state, local_state
 from ...tuner.scope import factor_names, hold_remainders, persistent_buffers, remainders
 from ..arguments import FederatedArguments
-from ..data.batches import Collator, LastBatch, batches, count_rows
+from ..data.batches import Collator, count_rows
 from ..data.loss import LossFunction
-from ..data.normalization import normalizes_batches, tell_of_shared_statistics
+from ..data.normalization import tell_of_shared_statistics
 from ..errors import ArgumentsError, about
 from ..precision import Precision
-from ..random import derived_seed, preserved, reseed, torch_generator
+from ..random import preserved, reseed
 from ..state import Broadcast, ClientState, ClientUpdate, Remainders, ServerState
 from ..strategies import Correction, LocalSteps, Objective, Strategy
 from .gradients import Gradients, one_row_said
 from .optimizer import OptimizerFactory, Optimizers
 from .optimizer_state import Kept
+from .reading import Reading
 from .steps import Stepped, Steps, in_a_round, told_terms
 from .trainers.given import GivenTrainer
 
@@ -106,6 +107,7 @@ class LocalTrainer:
         parameters: the trainable parameters, live.
         objective: what clients minimize.
         optimizers: makes a client's optimizer.
+        reading: how clients read their data.
         gradients: makes the gradients of a step.
 
     Raises:
@@ -131,7 +133,7 @@ class LocalTrainer:
         self._accelerator = accelerator
         self._strategy = strategy
         self.objective = Objective(strategy, compute_loss)
-        self.collator = collator
+        self.reading = Reading(args, model, collator)
         self._names = names
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -194,12 +196,6 @@ class LocalTrainer:
     def name(self, client: int) -> Any:
         """A client's name, for messages."""
         return client if self._names is None else self._names[client]
-
-    def last_batch(self) -> LastBatch:
-        """What becomes of a last batch that is not full, with the model in training mode."""
-        if self._args.drop_last:
-            return "drop"
-        return "merge" if normalizes_batches(self.model) else "keep"
 
     @contextmanager
     def at_work(self, resting: Collection[str]) -> Iterator[None]:
@@ -304,7 +300,7 @@ class LocalTrainer:
 
     def _steps(self, turn: Turn, dataset: Any) -> Stepped:
         args, round, client = self._args, turn.round, turn.client
-        seed = derived_seed(args.seed, round, client, "training")
+        seed = self.reading.seed(client, round)
         if self._given is not None:
             return self._given.train(dataset, self.name(client), round, seed, self.device)
         active = {n: p for n, p in self.parameters.items() if p.requires_grad}
@@ -325,8 +321,7 @@ class LocalTrainer:
     def _windows(self, turn: Turn, dataset: Any, epoch: int) -> Iterator[list[tuple[Any, int]]]:
         """The batches of every local step of an epoch, and of how many rows each is."""
         args, device = self._args, self.device
-        order = torch_generator(args.seed, turn.round, turn.client, f"batches {epoch}")
-        rows = batches(dataset, args.per_client_batch_size, self.collator, order, self.last_batch())
+        rows = self.reading.epoch(turn.client, turn.round, dataset, epoch)
         while window := list(itertools.islice(rows, args.gradient_accumulation_steps)):
             if device.type == "cpu":
                 yield window

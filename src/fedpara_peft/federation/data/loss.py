@@ -57,7 +57,8 @@ def read_loss(found: Any, of: str = "compute_loss", clients: int | None = None) 
     Raises:
         ArgumentsError: it is something else, or the loss is not one number.
     """
-    if type(found) is Loss and isinstance(found.mean, Tensor) and found.mean.dim() == 0:
+    shape = () if clients is None else (clients,)
+    if type(found) is Loss and isinstance(found.mean, Tensor) and found.mean.shape == shape:
         return found
     if isinstance(found, Mapping) and "loss" in found:  # a transformers output
         found = (found["loss"], found.get("logits"))
@@ -69,9 +70,8 @@ def read_loss(found: Any, of: str = "compute_loss", clients: int | None = None) 
         )
     loss = Loss(*parts)
     if not isinstance(loss.mean, Tensor) or loss.mean.numel() != (clients or 1):
-        shape = tuple(loss.mean.shape) if isinstance(loss.mean, Tensor) else type(loss.mean)
-        raise ArgumentsError(f"{of} returned a loss of {shape}: return a mean, one number")
-    shape = () if clients is None else (clients,)
+        got = tuple(loss.mean.shape) if isinstance(loss.mean, Tensor) else type(loss.mean)
+        raise ArgumentsError(f"{of} returned a loss of {got}: return a mean, one number")
     return loss if loss.mean.shape == shape else loss._replace(mean=loss.mean.reshape(shape))
 
 

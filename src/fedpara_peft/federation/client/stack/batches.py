@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...arguments import FederatedArguments
-from ...data.batches import Collator, LastBatch, batch_sizes, batches, count_rows, tensors_of
-from ...random import Generators, derived_seed, preserved, reseed, torch_generator
+from ...data.batches import LastBatch, batch_sizes, count_rows, tensors_of
+from ...random import Generators, preserved, reseed
+from ..reading import Reading
 from ..steps import in_a_round
 
 
@@ -35,31 +36,30 @@ def likeness_of(dataset: Any, args: FederatedArguments, last: LastBatch) -> Any:
 
 
 class Batches:
-    """The batches of a round of clients that are alike.
+    """The batches of a round of clients that are alike (:func:`likeness_of`).
 
     Args:
-        datasets: the clients'.
         clients: their indices.
+        datasets: theirs.
         round: rounds completed.
         args: the run's settings.
-        collator: makes a batch from rows.
-        last: what becomes of a last batch that is not full.
-        device: where clients train.
+        reading: how they read their data.
+        device: whose generator counts beside the CPU's.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Any],
         clients: Sequence[int],
+        datasets: Sequence[Any],
         round: int,
         args: FederatedArguments,
-        collator: Collator | None,
-        last: LastBatch,
+        reading: Reading,
         device: torch.device,
     ) -> None:
-        self._round, self._args, self._device = round, args, device
-        self._collator, self._last = collator, last
         self._clients = list(zip(clients, datasets, strict=True))
+        self._round, self._args, self._reading, self._device = round, args, reading, device
+        #: Whether reading rows runs nobody's code.
+        self._indexed = reading.collator is None and tensors_of(datasets[0]) is not None
         #: Where the clients' streams of randomness are, which collators and transforms draw from.
         self._streams: dict[int, Generators] = {}
 
@@ -73,10 +73,8 @@ class Batches:
             yield [batch for batch, _ in parts], parts[0][1]
 
     def _epoch(self, client: int, dataset: Any, epoch: int) -> Iterable[tuple[Any, int]]:
-        args = self._args
-        order = torch_generator(args.seed, self._round, client, f"batches {epoch}")
-        found = batches(dataset, args.per_client_batch_size, self._collator, order, self._last)
-        if self._collator is None and tensors_of(dataset) is not None:
+        found = self._reading.epoch(client, self._round, dataset, epoch)
+        if self._indexed:
             return found
         with self._stream(client):
             try:
@@ -90,8 +88,7 @@ class Batches:
             if client in self._streams:
                 self._streams[client].put_back(self._device)
             else:
-                seed = derived_seed(self._args.seed, self._round, client, "training")
-                reseed(seed, self._device)
+                reseed(self._reading.seed(client, self._round), self._device)
             yield
             self._streams[client] = Generators.now(self._device)
 

@@ -32,19 +32,14 @@ from ..local import LocalTrainer, Turn
 from ..optimizer_state import likeness
 from ..steps import CannotPauseError, Stepped, Steps
 from .batches import Batches, OneByOneError, likeness_of
-from .losses import Together, losses_of
+from .losses import losses_of
 from .sideeffects import SideEffects
 
 logger = logging.getLogger(__name__)
 
-#: Trained values of a client up to which stacking paid on the CPU it was measured on (on a GPU it
-#: paid most, and was measured up to half of that) …
-_MOST_VALUES = 20_000
-#: … or up to this share of a frozen base of up to so many values.
-_MOST_OF_FROZEN, _MOST_FROZEN = 0.25, 25_000_000
 _FEWEST_CLIENTS = 8
-#: Values in one stack, and clients whose rows go through a base together: more gained nothing.
-_STACK_VALUES, _MOST_TOGETHER = 1 << 24, 16
+#: Values in one stack.
+_STACK_VALUES = 1 << 24
 #: Relative difference of the two engines' first gradients that rounding does not explain.
 _DISAGREE = 1e-2
 
@@ -107,10 +102,10 @@ class BatchedTrainer:
             return True
         return (
             num_clients >= _FEWEST_CLIENTS
-            and self._pays()
+            and self._losses.pays(self._values())
             and self._device.type in ("cpu", "cuda")
             and self._default_loss
-            and self._keeps_nothing(self._local.collator)
+            and _keeps_nothing(self._local.reading.collator)
             and self._alone  # stacks follow the processes' shares, and rounding the stacks
         )
 
@@ -124,15 +119,15 @@ class BatchedTrainer:
         alike: dict[Any, list[int]] = {}
         for client, dataset in data.items():
             try:
-                like = likeness_of(dataset, self._args, self._local.last_batch())
+                like = likeness_of(dataset, self._args, self._local.reading.last_batch())
             except ClientDataError:  # which the sequential engine says, and whose
                 continue
             state = states[client]
             kept = likeness(state.optimizer) if state is not None else ()
             alike.setdefault((like, kept), []).append(client)
         most = max(1, _STACK_VALUES // max(1, self._values()))
-        if isinstance(self._losses, Together):
-            most = min(most, _MOST_TOGETHER)
+        if (bound := self._losses.most_clients) is not None:
+            most = min(most, bound)
         stacks = []
         for group in alike.values():
             parts = -(-len(group) // most)
@@ -225,9 +220,7 @@ class BatchedTrainer:
             local.optimizers, self._args, round, stack, turns[0].seen.params,
             [t.correction for t in turns], [t.optimizer for t in turns], count,
         )  # fmt: skip
-        todo = Batches(
-            datasets, clients, round, self._args, local.collator, local.last_batch(), self._device
-        )
+        todo = Batches(clients, datasets, round, self._args, local.reading, self._device)
         first = not self._proven
         for batches, rows in todo:
             batches = [send_to_device(batch, self._device) for batch in batches]
@@ -268,29 +261,14 @@ class BatchedTrainer:
         if apart > _DISAGREE**2 * size:
             raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")
 
-    def _pays(self) -> bool:
-        """Whether stacking is known to pay for this model."""
-        model, own = self._local.model, self._values()
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            return False
-        if isinstance(self._losses, Together):
-            frozen = sum(p.numel() for p in model.parameters()) - own
-            if own <= _MOST_OF_FROZEN * frozen and frozen <= _MOST_FROZEN:
-                return True
-        elif hasattr(getattr(model, "config", None), "model_type"):
-            return False  # many cannot be mapped whole
-        return own <= _MOST_VALUES
-
-    @staticmethod
-    def _keeps_nothing(collator: Any) -> bool:
-        """Whether a collator is known to make the same of rows however often it is asked."""
-        own = type(collator).__module__.partition(".")[0]
-        return collator is None or (
-            own == "transformers" and getattr(collator, "seed", None) is None
-        )
-
     def _values(self) -> int:
         return sum(p.numel() for p in self._local.parameters.values())
+
+
+def _keeps_nothing(collator: Any) -> bool:
+    """Whether a collator is known to make the same of rows however often it is asked."""
+    own = type(collator).__module__.partition(".")[0]
+    return collator is None or (own == "transformers" and getattr(collator, "seed", None) is None)
 
 
 def _hooked(model: nn.Module) -> bool:

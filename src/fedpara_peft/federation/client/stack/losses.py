@@ -7,17 +7,32 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from ....comm.state import State
 from ...data.loss import LossFunction, read_loss
 from ...errors import ArgumentsError
 from .batches import joined
-from .rows import Rows
+from .rows import Held, Rows
+
+#: Trained values of a client up to which stacking paid on the CPU it was measured on (on a GPU it
+#: paid most, and was measured up to half of that) …
+_MOST_VALUES = 20_000
+#: … or up to this share of a frozen base of up to so many values.
+_MOST_OF_FROZEN, _MOST_FROZEN = 0.25, 25_000_000
 
 
 class Losses(Protocol):
-    """A way to run many clients at once."""
+    """A way to run many clients at once.
+
+    Attributes:
+        most_clients: of a stack; more gain nothing. None: any number.
+    """
+
+    most_clients: int | None
+
+    def pays(self, own: int) -> bool:
+        """Whether it is known to pay, where so many values train."""
 
     def __call__(self, stack: State, batches: Sequence[Any], rows: int) -> tuple[Tensor, Tensor]:
         """Fill the stack's gradients.
@@ -41,7 +56,7 @@ def losses_of(model: nn.Module, compute_loss: LossFunction, names: Iterable[str]
         names: of what trains.
     """
     frozen = any(not p.requires_grad for p in model.parameters())
-    if frozen or any(isinstance(m, nn.RNNBase) for m in model.modules()):
+    if frozen or _is_recurrent(model):
         return Together(model, compute_loss, names)
     return Mapped(model, compute_loss)
 
@@ -49,28 +64,49 @@ def losses_of(model: nn.Module, compute_loss: LossFunction, names: Iterable[str]
 class Mapped:
     """The whole model, mapped over the clients: where all of it is a client's own."""
 
+    most_clients: int | None = None
+
     def __init__(self, model: nn.Module, compute_loss: LossFunction) -> None:
-        self._loss = _Loss(model, compute_loss)
+        self._model, self._compute = model, compute_loss
+        self._held = Held(model, self._loss)
+
+    def pays(self, own: int) -> bool:
+        """See :class:`Losses`."""
+        of_transformers = hasattr(getattr(self._model, "config", None), "model_type")
+        return own <= _MOST_VALUES and not of_transformers  # many of which cannot be mapped whole
 
     def __call__(self, stack: State, batches: Sequence[Any], rows: int) -> tuple[Tensor, Tensor]:
         """See :class:`Losses`."""
 
         def one(tensors: State, batch: Any) -> tuple[Tensor, Tensor]:
-            named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-            found: tuple[Tensor, Tensor] = functional_call(self._loss, named, (batch, rows))
+            found: tuple[Tensor, Tensor] = self._held.with_tensors(tensors, batch, rows)
             return found
 
         losses, terms = vmap(one)(stack, _apart(joined(batches), len(batches)))
         _backward(losses, stack)
         return losses.detach(), terms
 
+    def _loss(self, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
+        found = read_loss(self._compute(self._model, batch))
+        terms = rows if found.terms is None else found.terms
+        return found.mean, torch.as_tensor(terms, dtype=torch.float32, device=found.mean.device)
+
 
 class Together:
     """All clients' rows in one batch (:mod:`.rows`): where much of the model is everybody's."""
 
+    most_clients: int | None = 16
+
     def __init__(self, model: nn.Module, compute_loss: LossFunction, names: Iterable[str]) -> None:
         self._model, self._compute = model, compute_loss
         self._rows = Rows(model, names)
+
+    def pays(self, own: int) -> bool:
+        """See :class:`Losses`."""
+        if _is_recurrent(self._model):
+            return False
+        frozen = sum(p.numel() for p in self._model.parameters()) - own
+        return own <= _MOST_VALUES or (own <= _MOST_OF_FROZEN * frozen and frozen <= _MOST_FROZEN)
 
     def __call__(self, stack: State, batches: Sequence[Any], rows: int) -> tuple[Tensor, Tensor]:
         """See :class:`Losses`."""
@@ -85,25 +121,17 @@ class Together:
                 raise RuntimeError(
                     "its loss is not a mean that every client has of its own"
                 ) from None
-            terms = torch.as_tensor(rows if loss.terms is None else loss.terms)
-            if terms.shape != loss.mean.shape and loss.terms is not None:
+            terms = loss.terms
+            if terms is None:
+                terms = loss.mean.new_full((clients,), rows)
+            elif not isinstance(terms, Tensor) or terms.shape != (clients,):
                 raise RuntimeError("the number of its loss's terms is not told by client")
             _backward(loss.mean, stack)
-        return loss.mean.detach(), terms.expand(clients).to(loss.mean.device, torch.float32)
+        return loss.mean.detach(), terms.to(loss.mean.device, torch.float32)
 
 
-class _Loss(nn.Module):
-    """A loss function as a module, so that the model's tensors can be exchanged in it."""
-
-    def __init__(self, model: nn.Module, compute_loss: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self._compute = compute_loss
-
-    def forward(self, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
-        found = read_loss(self._compute(self.model, batch))
-        terms = rows if found.terms is None else found.terms
-        return found.mean, torch.as_tensor(terms, dtype=torch.float32, device=found.mean.device)
+def _is_recurrent(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def _backward(losses: Tensor, stack: State) -> None:

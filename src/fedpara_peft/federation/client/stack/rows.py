@@ -14,6 +14,7 @@ trusted, and a forward that branches on the batch's content is refused unless al
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -162,22 +163,22 @@ class _Owner:
 
     def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
         self._module, self._names = module, names
-        self._inner = _Forward(module)
+        self._held = Held(module, self._unpatched)
         self._before: Any = None
-        self._recurrent = next((m for m in module.modules() if isinstance(m, nn.RNNBase)), None)
+        recurrent = next((m for m in module.modules() if isinstance(m, nn.RNNBase)), None)
+        self._run = _mapped
+        if recurrent is not None:
+            self._run = functools.partial(_one_by_one, dim=0 if recurrent.batch_first else 1)
 
     def enter(self, stack: State, reductions: Reductions) -> None:
         self._before = vars(self._module).get("forward")
-        inner = self._inner
-        inner.own_forward = self._module.forward
-        own = {f"module.{n}": stack[known] for n, known in self._names.items() if known in stack}
-        run = _mapped if self._recurrent is None else _one_by_one
-        dim = 0 if self._recurrent is None or self._recurrent.batch_first else 1
+        self._forward = self._module.forward
+        own = {name: stack[known] for name, known in self._names.items() if known in stack}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             before, reductions.mapped = reductions.mapped, True
             try:
-                return run(inner, own, reductions, dim, args, kwargs)
+                return self._run(self._held, own, reductions, args, kwargs)
             finally:
                 reductions.mapped = before
 
@@ -189,22 +190,33 @@ class _Owner:
         else:
             vars(self._module).pop("forward", None)
 
+    def _unpatched(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
-class _Forward(nn.Module):
-    """A module's forward as it was, so that its tensors can be exchanged in it."""
 
-    def __init__(self, module: nn.Module) -> None:
+class Held(nn.Module):
+    """A module and what is done with it, so that its tensors can be exchanged meanwhile.
+
+    Args:
+        module: in place.
+        call: what is done; it may be the module's own forward.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.module = module
-        self.own_forward: Callable[..., Any] = module.forward
+        self.module, self._call = module, call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own_forward(*args, **kwargs)
+        """Do it."""
+        return self._call(*args, **kwargs)
+
+    def with_tensors(self, tensors: State, *args: Any, **kwargs: Any) -> Any:
+        """Do it while the module has these, by their names in it."""
+        named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(self, named, args, kwargs)
 
 
-def _mapped(
-    inner: nn.Module, own: State, rows: Reductions, dim: int, args: Any, kwargs: Any
-) -> Any:
+def _mapped(held: Held, own: State, rows: Reductions, args: Any, kwargs: Any) -> Any:
     """Run a module with every client's tensors on its rows."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     whole = [isinstance(leaf, Tensor) and rows.is_whole(leaf) for leaf in leaves]
@@ -214,14 +226,14 @@ def _mapped(
 
     def one(own: State, leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return functional_call(inner, own, args, kwargs)
+        return held.with_tensors(own, *args, **kwargs)
 
     found = vmap(one, in_dims=(0, [0 if w else None for w in whole]))(own, leaves)
     return pytree.tree_map_only(Tensor, lambda t: t.flatten(0, 1), found)
 
 
 def _one_by_one(
-    inner: nn.Module, own: State, rows: Reductions, dim: int, args: Any, kwargs: Any
+    held: Held, own: State, rows: Reductions, args: Any, kwargs: Any, *, dim: int
 ) -> Any:
     """Run a recurrent module client by client.
 
@@ -237,7 +249,7 @@ def _one_by_one(
     for i, part in enumerate(parts):
         others, named = pytree.tree_unflatten([s[i] for s in split], spec)
         mine = {n: t[i] for n, t in own.items()}
-        found.append(functional_call(inner, mine, (part, *others), named))
+        found.append(held.with_tensors(mine, part, *others, **named))
     outputs, states = zip(*found, strict=True)
     return torch.cat(outputs, dim), pytree.tree_map(lambda *s: torch.cat(s, 1), *states)
 

@@ -12,8 +12,6 @@ from ....tuner.layer import FedParaLayer
 from ...random import Generators
 
 _CONTAINERS = (dict, OrderedDict, list, set)
-#: What recurrent modules make again from their weights when these are others than before.
-_MADE_AGAIN = {"_flat_weights", "_flat_weight_refs"}
 _PLAIN = (int, float, str, bool, tuple, type(None), torch.Size)
 
 
@@ -37,9 +35,9 @@ class SideEffects:
         ]
         self._contents = [
             (name, value, value.copy())
-            for _, name, attributes in self._attributes
+            for module, name, attributes in self._attributes
             for key, value in attributes.items()
-            if type(value) in _CONTAINERS and key not in _MADE_AGAIN
+            if type(value) in _CONTAINERS and key not in _made_again(module)
         ]
         self._buffers = [(name, b, b.clone(), b._version) for name, b in model.named_buffers()]
         self._generators = Generators.now(device)
@@ -48,8 +46,7 @@ class SideEffects:
         """What has changed since; None if nothing has."""
         for module, name, before in self._attributes:
             now = vars(module)
-            own = _MADE_AGAIN if isinstance(module, nn.RNNBase) else set()
-            for key in (before.keys() | now.keys()) - own:
+            for key in (before.keys() | now.keys()) - _made_again(module):
                 if key not in before or key not in now or not _same(before[key], now[key]):
                     return f"its forward changes {key!r} of {_shown(name)}"
         for name, container, content in self._contents:
@@ -75,6 +72,11 @@ class SideEffects:
                 if buffer._version != version:
                     buffer.copy_(values)
         self._generators.put_back(self._device)
+
+
+def _made_again(module: nn.Module) -> set[str]:
+    """What a module makes again from its weights, where these are others than before."""
+    return {"_flat_weights", "_flat_weight_refs"} if isinstance(module, nn.RNNBase) else set()
 
 
 def _same(before: Any, now: Any) -> bool:
