@@ -177,6 +177,68 @@ def test_transformers(tmp_path, stacked, name, adapter):  # noqa: F811
     alike(one, other, 1e-5)  # some find norms and losses in float32, whatever the model has
 
 
+def _adapted_llama():
+    return get_peft_model(llama(), ADAPTERS["FedPara"](["q_proj", "down_proj"]))
+
+
+def _adapted_vit():
+    config = ADAPTERS["LoRA"](["q_proj", "fc1"])
+    config.modules_to_save = ["classifier"]
+    return get_peft_model(vit(), config)
+
+
+def _factorized_reader():
+    config = FedParaConfig(r=3, target_modules=["recurrent", "words"], base_weight="replaced")
+    return get_peft_model(Reader(), config)
+
+
+def _factorized_net():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3))
+    return get_peft_model(net, FedParaConfig(r=3, target_modules=["1"], base_weight="replaced"))
+
+
+IN_BFLOAT16 = {
+    "Llama": (_adapted_llama, texts),
+    "ViT": (_adapted_vit, images),
+    "LSTM": (_factorized_reader, lambda: texts(padded=False)),
+    "MLP": (_factorized_net, images),
+}
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_bfloat16(tmp_path, stacked, name):  # noqa: F811
+    """Both engines end as near to full precision, and to each other."""
+    build, data = IN_BFLOAT16[name]
+    clients = [[_single(row) for row in client] for client in data()]
+    if name == "MLP":
+        clients = [[(row["pixel_values"], row["labels"]) for row in client] for client in clients]
+    moved = []
+    for engine, precision in (("sequential", "no"), ("sequential", "bf16"), ("batched", "bf16")):
+        torch.manual_seed(0)
+        model = build()
+        args = arguments(
+            tmp_path / engine / precision, engine=engine, mixed_precision=precision, num_rounds=2,
+            per_client_batch_size=2, clients_per_round=6, learning_rate=0.03,
+        )  # fmt: skip
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        FederatedTrainer(model, args, clients).train()
+        ends = dict(model.named_parameters())
+        moved.append(torch.cat([(ends[n] - p).detach().flatten() for n, p in before.items()]))
+    assert stacked == [6, 6]
+    full, alone, together = moved
+    rounding = (alone - full).norm()
+    assert 0 < rounding < 0.1 * full.norm()
+    assert (together - alone).norm() < 2 * rounding
+    assert (together - full).norm() < 2 * rounding
+
+
+def _single(row):
+    return {
+        key: value.float() if isinstance(value, torch.Tensor) else value
+        for key, value in row.items()
+    }
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("form", ["replaced", "frozen", "seeded", "plain"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

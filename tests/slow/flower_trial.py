@@ -157,15 +157,18 @@ def relay(trial: Trial) -> Iterator[tuple[str, bytearray]]:
     port = free_port()
     host, _, target = trial.federation.address.rpartition(":")
 
+    def hang_up(*ends: ssl.SSLSocket) -> None:
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
     def pump(source: ssl.SSLSocket, sink: ssl.SSLSocket) -> None:
         heard = bytearray()  # joined at the end: a payload's parts stay together
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 heard += data
                 sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        hang_up(source, sink)
         with lock:
             wire.extend(heard)
 
@@ -173,23 +176,29 @@ def relay(trial: Trial) -> Iterator[tuple[str, bytearray]]:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                threading.Thread(target=connect, args=(near,), daemon=True).start()
+                connections.append(threading.Thread(target=connect, args=(near,), daemon=True))
+                connections[-1].start()
 
     def connect(near: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            far = outer.wrap_socket(
-                socket.create_connection((host, int(target))), server_hostname="localhost"
-            )
-            ends = inner.wrap_socket(near, server_side=True), far
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            opened.enter_context(near)
+            far = opened.enter_context(socket.create_connection((host, int(target))))
+            far = opened.enter_context(outer.wrap_socket(far, server_hostname="localhost"))
+            ends = opened.enter_context(inner.wrap_socket(near, server_side=True)), far
+            every.extend(ends)
             back = threading.Thread(target=pump, args=ends[::-1], daemon=True)
             back.start()
             pump(*ends)
             back.join()
 
+    connections: list[threading.Thread] = []
+    every: list[ssl.SSLSocket] = []
     with socket.create_server(("127.0.0.1", port)) as listener:
         threading.Thread(target=serve, daemon=True).start()
         yield f"127.0.0.1:{port}", wire
-        time.sleep(3)
+    hang_up(*every)
+    for connection in connections:
+        connection.join(DEADLINE_S)
 
 
 def crossed(trial: Trial, wire: bytes) -> str:

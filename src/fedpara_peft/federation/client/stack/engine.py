@@ -40,8 +40,9 @@ logger = logging.getLogger(__name__)
 _FEWEST_CLIENTS = 8
 #: Values in one stack.
 _STACK_VALUES = 1 << 24
-#: Relative difference of the two engines' first gradients that rounding does not explain.
-_DISAGREE = 1e-2
+#: Relative difference of the two engines' first gradients that rounding does not explain, in full
+#: precision and with bfloat16 products.
+_DISAGREE, _DISAGREE_BF16 = 1e-2, 1e-1
 
 #: Arguments of :meth:`LocalTrainer.end`.
 Ended = tuple[Turn, int, Stepped, State, State]
@@ -72,9 +73,9 @@ class BatchedTrainer:
         self._device = accelerator.device
         self._alone = accelerator.num_processes == 1
         self._compute_loss = compute_loss
-        self._losses = losses_of(local.model, compute_loss, local.parameters)
+        self._precision = Precision.of(args.mixed_precision, accelerator)
+        self._losses = losses_of(local.model, compute_loss, local.parameters, self._precision)
         self._default_loss = isinstance(compute_loss, DefaultLoss)
-        self._plain = Precision.of(args.mixed_precision, accelerator).is_full
         self._proven = False
         self._refused = False
 
@@ -90,8 +91,8 @@ class BatchedTrainer:
         if _hooked(model):
             return "hooks would see, or miss, the stacked tensors"
         regularized = args.jacobian_correction or args.composed_weight_decay
-        if regularized or args.gradient_accumulation_steps > 1 or not self._plain:
-            return "it has no regularizers, gradient accumulation or mixed precision"
+        if regularized or args.gradient_accumulation_steps > 1 or self._precision.scales_loss:
+            return "it has no regularizers, gradient accumulation or fp16"
         return self._local.optimizers.obstacle()
 
     def wanted(self, num_clients: int) -> bool:
@@ -248,7 +249,8 @@ class BatchedTrainer:
     def _compare(self, batch: Any, grads: State) -> None:
         """A client's gradients against those that it has alone; the model holds it."""
         parameters = {n: p for n, p in self._local.parameters.items() if p.requires_grad}
-        loss = read_loss(self._compute_loss(self._local.model, batch)).mean
+        with self._precision.autocast():
+            loss = read_loss(self._compute_loss(self._local.model, batch)).mean
         if not bool(loss.isfinite()):
             return
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -258,7 +260,8 @@ class BatchedTrainer:
             raise RuntimeError(f"stacked clients train other parameters, {names[:3]}")
         apart = sum(float(wide(grads[n] - g).square().sum()) for n, g in alone.items())
         size = sum(float(wide(g).square().sum()) for g in alone.values())
-        if apart > _DISAGREE**2 * size:
+        most = _DISAGREE if self._precision.is_full else _DISAGREE_BF16
+        if apart > most**2 * size:
             raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")
 
     def _values(self) -> int:

@@ -12,6 +12,7 @@ from torch.func import vmap
 from ....comm.state import State
 from ...data.loss import LossFunction, read_loss
 from ...errors import ArgumentsError
+from ...precision import Precision
 from .batches import joined
 from .rows import Held, Rows
 
@@ -47,18 +48,26 @@ class Losses(Protocol):
         """
 
 
-def losses_of(model: nn.Module, compute_loss: LossFunction, names: Iterable[str]) -> Losses:
+def losses_of(
+    model: nn.Module, compute_loss: LossFunction, names: Iterable[str], precision: Precision
+) -> Losses:
     """The way that suits a model: as one with a frozen base, or recurrent, its rows together.
 
     Args:
         model: in place.
         compute_loss: from the model and a batch to what :func:`~..data.loss.read_loss` reads.
         names: of what trains.
+        precision: of the forward pass.
     """
+
+    def compute(model: nn.Module, batch: Any) -> Any:
+        with precision.autocast():
+            return compute_loss(model, batch)
+
     frozen = any(not p.requires_grad for p in model.parameters())
     if frozen or _is_recurrent(model):
-        return Together(model, compute_loss, names)
-    return Mapped(model, compute_loss)
+        return Together(model, compute, names)
+    return Mapped(model, compute)
 
 
 class Mapped:
