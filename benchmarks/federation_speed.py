@@ -44,9 +44,11 @@ PASSES = 3  # rows that run apart take turns with the others this often
 
 PLAIN, OURS, TWO = "plain loop", "FederatedTrainer, sequential", "FederatedTrainer, two processes"
 PFL, FLOWER = "apple pfl", "Flower simulation"
+ALONE = "forward and backward alone"
 BATCHED = "FederatedTrainer, engine='auto'"
 NEEDS = {PFL: ["pfl"], FLOWER: ["flwr", "ray"]}
 APART = (TWO, FLOWER)
+ROWS = (PLAIN, OURS, TWO, PFL, FLOWER, ALONE)
 
 LAUNCH = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
@@ -140,6 +142,24 @@ def plain(
     return one_round
 
 
+def alone(work: Work) -> Callable[[], None]:
+    """The arithmetic that nobody is spared: every step's gradients, of batches that lie ready."""
+    model, rng = net(), random.Random(0)
+    parameters = list(model.parameters())
+    ready = [
+        list(zip(*(t.to(device()).split(work.batch) for t in dataset.tensors), strict=True))
+        for dataset in clients()
+    ]
+
+    def one_round() -> None:
+        for client in rng.sample(range(CLIENTS), COHORT):
+            for _ in range(work.epochs):
+                for x, y in ready[client]:
+                    torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
+
+    return one_round
+
+
 # FederatedTrainer.
 
 
@@ -216,7 +236,7 @@ def trainer(
 
 def in_turn(work: Work, rounds: int) -> dict[str, list[float]]:
     """The rows that share this process, round by round in turn."""
-    others = {PLAIN: plain(work)}
+    others = {PLAIN: plain(work), ALONE: alone(work)}
     if installed(PFL):
         others[PFL] = apple_pfl(work)
     clock = InTurn(others)
@@ -456,7 +476,7 @@ def beside_others(rounds: int) -> tuple[str, list[dict[str, Any]]]:
             found |= {row: apart(row, work, rounds) for row in APART if installed(row)}
             for name, values in found.items():
                 seconds.setdefault(name, []).extend(values)
-        for name in (PLAIN, OURS, TWO, PFL, FLOWER):
+        for name in ROWS:
             row: dict[str, Any] = {"work": work.title, "row": name, "installed": name in seconds}
             rows.append(row)
             if name in seconds:
@@ -470,7 +490,7 @@ def beside_others(rounds: int) -> tuple[str, list[dict[str, Any]]]:
                 }
             print(row, flush=True)
     lines = []
-    for name in (PLAIN, OURS, TWO, PFL, FLOWER):
+    for name in ROWS:
         release = [version(NEEDS[name][0])] if name in NEEDS and installed(name) else []
         cells = [" ".join([name, *release])]
         for row in (r for r in rows if r["row"] == name):
@@ -551,7 +571,9 @@ def main() -> None:
         "FedAvg, SGD with rate 0.1, nothing evaluated. The second work, one step a client, is "
         f"nearly pure overhead. {PASSES * each} rounds a row.\n\n{peers}\n\n"
         "Plain loop: a DataLoader and a new torch.optim.SGD for every client, load_state_dict, a "
-        "weighted sum of state dicts. The first, second and fourth row make their rounds in turn "
+        "weighted sum of state dicts. Forward and backward alone: the gradients of as many batches "
+        "that lie ready, a bound from below for whoever trains clients one after the other. Rows "
+        "without \\* make their rounds in turn "
         "in one process and one thread: medians of paired ratios. \\*: ratio of medians, in "
         f"processes of their own, with the other rows in {PASSES} turns. Two processes: "
         "accelerate launch, one thread each, RoundReport.seconds. pfl: SimulatedBackend, in "

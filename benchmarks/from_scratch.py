@@ -12,6 +12,7 @@ gradients included.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,6 +119,82 @@ def steps(
     return forward, step
 
 
+def arithmetic(device: str, seconds: float) -> tuple[str, list[dict[str, Any]]]:
+    """The least that a factorized MLP's step costs: its first layer's operations, bare.
+
+    No autograd, nothing checked, results thrown away. W₁ ⊙ W₂ has products beyond the dense
+    layer's two whichever way it is applied, so the dense step without those two, and without the
+    update of W, plus the cheaper way's operations is a bound from below.
+    """
+    rows, lines = [], []
+    for name in ("MLP, batch 10", "MLP, batch 64"):
+        build, _, _, x, y = cases()[name]
+        model = build().to(device)
+        x, y = x.to(device), y.to(device)
+        weight = model[0].weight.detach().clone()
+        (m, n), grad = weight.shape, torch.randn(len(x), len(weight), device=device)
+        config = FedParaConfig(gamma=0.0, base_weight="replaced", target_modules=["0"])
+        factorized: Any = get_peft_model(build().to(device), config)
+        x1, y1, x2, y2 = (
+            factor.detach()
+            for half in factorized.base_model.model[0].halves("default")
+            for factor in half.tensors()
+        )
+        r = x1.shape[1]
+        runs = {
+            "dense step": steps(model, x, y, "dense")[1],
+            "dense layer": functools.partial(_dense_layer, weight, x, grad),
+            "composed": functools.partial(_composed_layer, x1, y1, x2, y2, x, grad),
+            "low-rank form": functools.partial(_form_layer, x1, y1, x2, y2, x, grad),
+        }
+        times = paired(runs, seconds)
+        cheaper = min("composed", "low-rank form", key=lambda way: statistics.median(times[way]))
+        least = statistics.median(
+            (step - layer + way) / step
+            for step, layer, way in zip(
+                times["dense step"], times["dense layer"], times[cheaper], strict=True
+            )
+        )
+        shares = {way: ratio(times, way, "dense step") for way in runs if way != "dense step"}
+        rows.append({"arithmetic": name, "m": m, "n": n, "r": r, **shares, "least": least})
+        lines.append([name, *(f"{share:.2f}" for share in shares.values()), f"{least:.2f}"])
+        print(lines[-1], flush=True)
+    header = ["of the dense step", "dense layer and update", "composed", "low-rank form", "least"]
+    return table(header, lines), rows
+
+
+def _dense_layer(weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> None:
+    x @ weight.T
+    weight.add_(grad.T @ x, alpha=-1e-9)
+
+
+def _composed_layer(
+    x1: torch.Tensor, y1: torch.Tensor, x2: torch.Tensor, y2: torch.Tensor,
+    x: torch.Tensor, grad: torch.Tensor,
+) -> None:  # fmt: skip
+    w1, w2 = x1 @ y1.T, x2 @ y2.T
+    x @ (w1 * w2).T
+    of_w = grad.T @ x
+    for of_half, left, right in ((of_w * w2, x1, y1), (of_w * w1, x2, y2)):
+        of_half @ right
+        of_half.T @ left
+
+
+def _form_layer(
+    x1: torch.Tensor, y1: torch.Tensor, x2: torch.Tensor, y2: torch.Tensor,
+    x: torch.Tensor, grad: torch.Tensor,
+) -> None:  # fmt: skip
+    a, b = (
+        (one.unsqueeze(2) * other.unsqueeze(1)).flatten(1) for one, other in ((x1, x2), (y1, y2))
+    )
+    h, of_h = x @ b, grad @ a
+    h @ a.T
+    for of_form, one, other in ((grad.T @ h, x1, x2), (x.T @ of_h, y1, y2)):
+        apart = of_form.view(len(one), one.shape[1], -1)
+        torch.bmm(apart, other.unsqueeze(2))
+        (apart * one.unsqueeze(2)).sum(1)
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser()
@@ -166,6 +243,13 @@ def main() -> None:
     header = ["model", "dense, ms", "FedPara", "einsum", "recompute"]
     header += [f"{what}, MB: dense / FedPara / einsum" for what in ("kept", "peak")]
     text = table(header, lines)
+    bare, shares = arithmetic(options.device, options.seconds / 4)
+    text += (
+        "\n\n## What an MLP's step costs at least\n\nIts first layer's operations, bare, as shares "
+        "of the dense step. Least: the dense step without its first layer and that one's update, "
+        f"and with the cheaper way.\n\n{bare}"
+    )
+    rows += shares
     if options.quick:
         print(text)
     else:
