@@ -79,7 +79,7 @@ def test_nothing_wrong_and_nothing_of_ones_own_on_the_wire(federated):
         with relay(trial) as (address, wire):
             trial.start(address=address)
             trial.finish()
-            trial.seen.append(crossed(trial, bytes(wire)))
+        trial.seen.append(crossed(trial, bytes(wire)))
 
     federated("nothing wrong", harm, 3)
 

@@ -59,7 +59,7 @@ def test_real_processes_end_in_the_simulations_sum_and_no_update_crosses(tmp_pat
     with trial.federation, relay(trial) as (address, wire):
         trial.start(address=address)
         trial.finish()
-        heard = bytes(wire)
+    heard = bytes(wire)
     history = ended(trial)
     assert [(r.dropped, r.refused) for r in history] == [((), ())] * 2
     updates = assert_same_bits(trial, tmp_path / "simulated")
