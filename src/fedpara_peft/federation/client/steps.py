@@ -166,7 +166,7 @@ class Steps:
             scale = clip_scale(norm, bound)
             torch._foreach_mul_(found, scale)
             return scale
-        squares = [g.flatten(1).square().sum(1) for g in found]
+        squares = [g.reshape(len(g), -1).square().sum(1) for g in found]
         scale = clip_scale(functools.reduce(torch.add, squares).sqrt(), bound)
         for grad in found:
             grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))

@@ -19,11 +19,10 @@ from torch import nn
 
 from ....comm.state import State
 from ....maths.errors import FedParaError
-from ....maths.precision import wide
 from ....tuner.layer import FedParaLayer
 from ....tuner.scope import persistent_buffers, remainders
 from ...arguments import FederatedArguments
-from ...data.loss import DefaultLoss, LossFunction, read_loss
+from ...data.loss import DefaultLoss, LossFunction
 from ...errors import ArgumentsError, ClientDataError
 from ...precision import Precision
 from ...state import Broadcast, ClientState
@@ -32,7 +31,7 @@ from ..local import LocalTrainer, Turn
 from ..optimizer_state import likeness
 from ..steps import CannotPauseError, Stepped, Steps
 from .batches import Batches, OneByOneError, likeness_of
-from .losses import losses_of
+from .compared import Compared
 from .sideeffects import SideEffects
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,6 @@ logger = logging.getLogger(__name__)
 _FEWEST_CLIENTS = 8
 #: Values in one stack.
 _STACK_VALUES = 1 << 24
-#: Relative difference of the two engines' first gradients that rounding does not explain, in full
-#: precision and with bfloat16 products.
-_DISAGREE, _DISAGREE_BF16 = 1e-2, 1e-1
 
 #: Arguments of :meth:`LocalTrainer.end`.
 Ended = tuple[Turn, int, Stepped, State, State]
@@ -52,7 +48,8 @@ class BatchedTrainer:
     """Trains clients whose steps have equally many rows side by side.
 
     The first stack tells whether the model can be stacked at all: it must run, change nothing but
-    what is trained, draw no random numbers, and have the gradients of the sequential engine.
+    what is trained, draw no random numbers. And it must have the gradients of the sequential engine
+    (:mod:`.compared`).
 
     Args:
         local: the sequential engine, which begins and ends the clients' turns.
@@ -72,9 +69,8 @@ class BatchedTrainer:
         self._args = args
         self._device = accelerator.device
         self._alone = accelerator.num_processes == 1
-        self._compute_loss = compute_loss
         self._precision = Precision.of(args.mixed_precision, accelerator)
-        self._losses = losses_of(local.model, compute_loss, local.parameters, self._precision)
+        self._losses = Compared(local, compute_loss, self._precision)
         self._default_loss = isinstance(compute_loss, DefaultLoss)
         self._proven = False
         self._refused = False
@@ -167,6 +163,7 @@ class BatchedTrainer:
         """
         model = self._local.model
         model.train()
+        self._local.load(broadcast.params, states[0])
         effects = None if self._proven else SideEffects(model, self._device)
         cause: Exception | None = None
         try:
@@ -210,7 +207,6 @@ class BatchedTrainer:
             local.begin(c, round, broadcast, s, resting)
             for c, s in zip(clients, states, strict=True)
         ]
-        local.load(broadcast.params, states[0])
         count = len(clients)
         own = [local.first_local if s is None else s.local for s in states]
         stack = {n: p.expand(count, *p.shape).clone() for n, p in turns[0].seen.params.items()}
@@ -222,16 +218,9 @@ class BatchedTrainer:
             [t.correction for t in turns], [t.optimizer for t in turns], count,
         )  # fmt: skip
         todo = Batches(clients, datasets, round, self._args, local.reading, self._device)
-        first = not self._proven
         for batches, rows in todo:
             batches = [send_to_device(batch, self._device) for batch in batches]
             loss, counts = self._losses(stack, batches, rows)
-            if first:  # for both ends: a model may look at its batch's first row, or its last
-                for i in (-1, 0):
-                    local.load(broadcast.params, states[i])
-                    found = {n: t.grad[i] for n, t in stack.items() if t.grad is not None}
-                    self._compare(batches[i], found)
-            first = False
             made = None if bool(counts.all()) else counts > 0
             steps.step([(loss if made is None else loss.where(made, 0), counts)], made)
         ended = {n: tensor.detach() for n, tensor in stack.items()}
@@ -245,24 +234,6 @@ class BatchedTrainer:
             )
             for i, (turn, stepped) in enumerate(zip(turns, steps.final(), strict=True))
         ]
-
-    def _compare(self, batch: Any, grads: State) -> None:
-        """A client's gradients against those that it has alone; the model holds it."""
-        parameters = {n: p for n, p in self._local.parameters.items() if p.requires_grad}
-        with self._precision.autocast():
-            loss = read_loss(self._compute_loss(self._local.model, batch)).mean
-        if not bool(loss.isfinite()):
-            return
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        alone = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
-        if alone.keys() != grads.keys():
-            names = sorted(alone.keys() ^ grads.keys())
-            raise RuntimeError(f"stacked clients train other parameters, {names[:3]}")
-        apart = sum(float(wide(grads[n] - g).square().sum()) for n, g in alone.items())
-        size = sum(float(wide(g).square().sum()) for g in alone.values())
-        most = _DISAGREE if self._precision.is_full else _DISAGREE_BF16
-        if apart > most**2 * size:
-            raise RuntimeError(f"gradients differ by {(apart / size) ** 0.5:.0%} from those alone")
 
     def _values(self) -> int:
         return sum(p.numel() for p in self._local.parameters.values())

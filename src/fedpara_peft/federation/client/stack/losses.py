@@ -14,7 +14,7 @@ from ...data.loss import LossFunction, read_loss
 from ...errors import ArgumentsError
 from ...precision import Precision
 from .batches import joined
-from .rows import Held, Rows
+from .rows import Held, Rows, mappable_attention
 
 #: Trained values of a client up to which stacking paid on the CPU it was measured on (on a GPU it
 #: paid most, and was measured up to half of that) …
@@ -91,7 +91,8 @@ class Mapped:
             found: tuple[Tensor, Tensor] = self._held.with_tensors(tensors, batch, rows)
             return found
 
-        losses, terms = vmap(one)(stack, _apart(joined(batches), len(batches)))
+        with mappable_attention():
+            losses, terms = vmap(one)(stack, _apart(joined(batches), len(batches)))
         _backward(losses, stack)
         return losses.detach(), terms
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -43,6 +44,7 @@ _REDUCTIONS = {getattr(owner, n): f for n, f in _ALONG.items() for owner in (tor
 _NUMBERS = frozenset({
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item,
 })  # fmt: skip
+_ATTENTION = frozenset({F.scaled_dot_product_attention, F.multi_head_attention_forward})
 #: What tells of a tensor's content in other ways.
 _TOLD = frozenset({torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, Tensor.tolist})
 
@@ -67,6 +69,7 @@ class Rows:
             place for place in places
             if not any(_is_under(place, other) for other in places if other != place)
         ]  # fmt: skip
+        self._own = frozenset(map(id, first))
         self._owners = [
             _Owner(model.get_submodule(place), {
                 name[len(place) :].lstrip("."): known
@@ -83,7 +86,7 @@ class Rows:
         Gradients must be found within. Yields what tells the clients' numbers apart; it is to be
         entered around the forward pass.
         """
-        reductions = Reductions(clients, rows)
+        reductions = Reductions(clients, rows, self._own)
         try:
             for owner in self._owners:
                 owner.enter(stack, reductions)
@@ -99,11 +102,12 @@ class Reductions(TorchFunctionMode):
     Args:
         clients: how many.
         rows: of each.
+        own: the model's parameters in whose place the clients have their own, by ``id``.
     """
 
-    def __init__(self, clients: int, rows: int) -> None:
+    def __init__(self, clients: int, rows: int, own: frozenset[int] = frozenset()) -> None:
         super().__init__()
-        self.clients, self.rows = clients, rows
+        self.clients, self.rows, self._own = clients, rows, own
         #: Whether a client's own module runs, mapped over the clients.
         self.mapped = False
 
@@ -116,7 +120,10 @@ class Reductions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.mapped:
-            return func(*args, **kwargs)
+            with mappable_attention() if func in _ATTENTION else nullcontext():
+                return func(*args, **kwargs)
+        if self._has_own(args) or self._has_own(kwargs.values()):
+            return self._told_of_own(func, args, kwargs)
         if func in _LOSSES:
             return self._loss(func, *args, **kwargs)
         if func in _REDUCTIONS and len(args) == 1 and not {"dim", "axis"} & kwargs.keys():
@@ -133,6 +140,26 @@ class Reductions(TorchFunctionMode):
     def apart(self, tensor: Tensor) -> Tensor:
         """``(clients, rows, …)`` from ``(clients · rows, …)``."""
         return tensor.reshape(self.clients, -1, *tensor.shape[1:])
+
+    def _has_own(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self._own:
+                    return True
+            elif isinstance(value, tuple | list) and self._has_own(value):
+                return True
+        return False
+
+    def _told_of_own(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of a parameter in whose place clients have their own: its size or dtype, no value."""
+        found = func(*args, **kwargs)
+        values = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(found))
+        if values or func in _TOLD or func in _NUMBERS:
+            raise RuntimeError(
+                "its loss, or its forward, uses a trained parameter outside of the module that "
+                "has it, where it is no client's"
+            )
+        return found
 
     def _loss(self, func: Any, inputs: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("reduction", "mean") == "none" or not self.is_whole(inputs):
@@ -216,6 +243,12 @@ class Held(nn.Module):
         return functional_call(self, named, args, kwargs)
 
 
+def mappable_attention() -> AbstractContextManager[None]:
+    """Attention in plain products: the fused kernels would be called client by client."""
+    found: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return found
+
+
 def _mapped(held: Held, own: State, rows: Reductions, args: Any, kwargs: Any) -> Any:
     """Run a module with every client's tensors on its rows."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -224,12 +257,18 @@ def _mapped(held: Held, own: State, rows: Reductions, args: Any, kwargs: Any) ->
         raise RuntimeError("a module with trained parameters is called on what is no client's")
     leaves = [rows.apart(t) if w else t for t, w in zip(leaves, whole, strict=True)]
 
-    def one(own: State, leaves: list[Any]) -> Any:
+    shape: list[Any] = []
+
+    def one(own: State, leaves: list[Any]) -> list[Tensor]:
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return held.with_tensors(own, *args, **kwargs)
+        found, kind = pytree.tree_flatten(held.with_tensors(own, *args, **kwargs))
+        shape[:] = kind, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in found]
+        return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
     found = vmap(one, in_dims=(0, [0 if w else None for w in whole]))(own, leaves)
-    return pytree.tree_map_only(Tensor, lambda t: t.flatten(0, 1), found)
+    tensors = (t.flatten(0, 1) if t.dim() > 1 else t for t in found)
+    kind, parts = shape
+    return pytree.tree_unflatten([next(tensors) if p is Tensor else p for p in parts], kind)
 
 
 def _one_by_one(
