@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 from tests.federation.test_processes import run
+
+from fedpara_peft.federation.data.fingerprint import tensor_digest
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,28 @@ def test_what_differs_is_named_on_every_process(found, case, names):
 def test_a_failure_on_one_process_ends_all(found, case, who, what):
     assert found[who][case] == what
     assert found[1 - who][case] == f"RoundError: process {who} stopped: {what}"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.uint8, torch.bool],
+)
+def test_a_large_tensors_digest_is_of_all_its_entries_in_any_order_of_summing(dtype):
+    torch.manual_seed(0)
+    tensor = (torch.randn(40_000) * 100).to(dtype).view(200, 200)
+    threads = torch.get_num_threads()
+    digests = set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        digests.add(tensor_digest(tensor))
+    torch.set_num_threads(threads)
+    assert digests == {tensor_digest(tensor.T.contiguous().T)}
+    other = tensor.clone()
+    other[100, 100] = ~other[100, 100] if dtype == torch.bool else other[100, 100] + 1
+    assert tensor_digest(other) not in digests
+
+
+def test_the_digest_of_what_has_no_entries_of_its_own():
+    one, other = (torch.empty(3, n, device="meta") for n in (4, 5))
+    assert tensor_digest(one) == tensor_digest(torch.empty(3, 4, device="meta"))
+    assert tensor_digest(one) != tensor_digest(other)

@@ -1,10 +1,14 @@
 """A run that was interrupted ends in the same bits, whatever interrupted it and when."""
 
+import json
+import math
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tests.federation.runs import STRATEGIES, run
 from tests.federation.test_trainer import arguments, toy
@@ -13,6 +17,7 @@ from tests.layer_kinds import in_turn
 from tests.zoo import adapted, mlp
 
 from fedpara_peft import (
+    ClientDataError,
     FedAvg,
     FederatedCallback,
     FederatedTrainer,
@@ -23,6 +28,8 @@ from fedpara_peft import (
     partition,
 )
 from fedpara_peft.federation.folder.checkpoint import checkpoints
+from fedpara_peft.federation.folder.history import report_from_json, report_to_json
+from fedpara_peft.federation.state import RoundReport
 
 
 class InterruptedTestError(Exception):
@@ -168,6 +175,55 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path):
     with pytest.raises(ResumeError, match=r"not a checkpoint \(trainer_state.json is missing"):
         trainer(tmp_path, Scaffold()).train(resume_from_checkpoint=tmp_path / "clients")
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_resumed_on_its_own_frozen_base_alone(tmp_path):
+    def resumed(seed, rounds):
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        torch.manual_seed(0)
+        model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+        args = arguments(tmp_path, num_rounds=rounds, save_every=1)
+        run = FederatedTrainer(model, args, partition(toy(), "iid", 5))
+        return run.train(resume_from_checkpoint=True)
+
+    resumed(0, 2)
+    with pytest.raises(ResumeError, match=r"frozen base: '.*' then, '.*' now"):
+        resumed(1, 3)
+    assert len(resumed(0, 3)) == 3
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.str_, str])
+def test_clients_names_come_back_as_they_were(tmp_path, kind):
+    def resumed(rounds):
+        parts = partition(toy(), "iid", 5)
+        clients = {kind(10 * i): part for i, part in enumerate(parts)}
+        args = arguments(tmp_path, num_rounds=rounds, save_every=1, eval_every=1)
+        run = FederatedTrainer(adapted(mlp(norm=False)), args, clients, client_eval_dataset=clients)
+        return run.train(resume_from_checkpoint=True)
+
+    resumed(2)
+    history = resumed(4)
+    names = {(kind(10 * i)).item() if kind is not str else str(10 * i) for i in range(5)}
+    for report in history:
+        assert set(report.cohort) <= names
+        assert report.client_metrics["loss"].keys() == names
+        assert {type(name) for name in report.cohort} == {type(next(iter(names)))}
+
+
+@pytest.mark.parametrize("name", [("a", 1), None, 1.5, True])
+def test_a_name_that_would_not_come_back_is_refused(tmp_path, name):
+    with pytest.raises(ClientDataError, match="let names be texts or integers"):
+        FederatedTrainer(adapted(mlp(norm=False)), arguments(tmp_path), {name: toy()})
+
+
+def test_numbers_of_a_report_that_json_has_not():
+    report = RoundReport(
+        1, (0,), math.nan, {"eval_loss": math.inf}, 1, 1, 0, 1.0, averaging_bias=math.nan,
+        epsilon=math.inf, clip_norm=-math.inf, client_metrics={"loss": {0: math.nan}},
+    )  # fmt: skip
+    again = report_from_json(json.loads(json.dumps(report_to_json(report), allow_nan=False)))
+    assert repr(again) == repr(report)
 
 
 def test_a_failed_round_takes_its_clients_back(tmp_path):

@@ -26,7 +26,13 @@ from .client.trainers.given import LocalTrainerFactory, given_trainer
 from .client.turn import Turns
 from .crew import Crew
 from .data.batches import Collator
-from .data.fingerprint import data_digest, model_facts, population_facts, settings_facts
+from .data.fingerprint import (
+    base_facts,
+    data_digest,
+    model_facts,
+    population_facts,
+    settings_facts,
+)
 from .data.loss import DefaultLoss, LossFunction
 from .data.population import Population
 from .errors import ArgumentsError
@@ -187,10 +193,11 @@ class FederatedTrainer:
         backend = backend_of(
             args, self.strategy, self._simulation, rounds, self.accelerator, crew, sealer
         )
+        trained = {**local.shared, **local.local}
         self._run = Run(
             args, self.strategy, backend, rounds, local, crew, self._trackers,
             self.callbacks, None if eval_dataset is None else self.evaluate,
-            {**facts, **ranks_facts, **model_facts({**local.shared, **local.local})},
+            {**facts, **ranks_facts, **model_facts(trained), **base_facts(model, trained)},
         )  # fmt: skip
 
     @property

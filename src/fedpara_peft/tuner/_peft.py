@@ -175,8 +175,22 @@ def _join_mixed_model(config_cls: Any, model_cls: Any, layer_cls: type) -> None:
         else:
             stock_replace(self, parent, name, new, child)
 
+    stock_merge = _mixed.MixedModel.merge_adapter
+    stock_unload = _mixed.MixedModel._unload_and_optionally_merge
+
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_cls.untie(self.model)
+        stock_merge(self, *args, **kwargs)
+
+    def _unload_and_optionally_merge(self: Any, merge: bool = True, **kwargs: Any) -> Any:
+        if merge:
+            model_cls.untie(self.model)
+        return stock_unload(self, merge=merge, **kwargs)
+
     _mixed.MixedModel._create_and_replace = _create_and_replace
     _mixed.MixedModel._replace_module = _replace_module
+    _mixed.MixedModel.merge_adapter = merge_adapter
+    _mixed.MixedModel._unload_and_optionally_merge = _unload_and_optionally_merge
 
 
 def _join_helpers(layer_cls: Any) -> None:

@@ -53,9 +53,11 @@ def local_tensors(model: nn.Module, local_modules: LocalModules = None) -> set[s
     """
     prefixes = set()
     for name, layer in factorized_layers(model, remove_duplicate=False):
-        for adapter in layer.specs:
+        for adapter, spec in layer.specs.items():
             for container in layer.local_containers(adapter):
                 prefixes.add(f"{name}.{container}.{adapter}".removeprefix("."))
+                if adapter in layer.merged_adapters:  # the base weight has the local half in it
+                    prefixes.update(f"{name}.base_layer.{n}".removeprefix(".") for n in spec.plans)
     for patterns in _declared_local_modules(model, local_modules):
         prefixes.update(_matching_modules(model, patterns))
     if not prefixes:

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...comm.schema import digest as schema_digest
 from ...comm.schema import schema_of
 from ...comm.state import State
-from ...maths.precision import wide
 from ..arguments import FederatedArguments
 from ..random import derived_seed, seeded
 from ..strategies import Strategy
 
 #: How many clients' data are looked at, and how many entries of a large tensor.
 _CLIENTS, _ENTRIES = 4, 4096
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -87,13 +88,24 @@ def data_digest(datasets: Sequence[Any]) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """A digest of a tensor's entries: of all, or of its ends, and its sum if it is large."""
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() > 2 * _ENTRIES:
-        total = flat.sum() if flat.is_complex() else wide(flat).sum()
-        ends = torch.cat([flat[:_ENTRIES], flat[-_ENTRIES:]])
-        return _short([_bytes_of(ends), str(total.item())])
-    return _short([_bytes_of(flat)])
+    """A digest of a tensor's entries: of all, or of its ends, and its sum if it is large.
+
+    The sum is of the entries' bits, as integers, so that it does not depend on the order: on how
+    many threads there are, or on the device. Of a tensor on ``meta`` the shape is all there is, and
+    of one that is made of others (quantized) those are taken.
+    """
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        return _short([f"{tuple(tensor.shape)} {tensor.dtype}"])
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return _short(f"{name} {tensor_digest(getattr(tensor, name))}" for name in names)
+    flat = tensor.reshape(-1).contiguous()
+    if flat.numel() <= 2 * _ENTRIES:
+        return _short([_bytes_of(flat)])
+    bits = flat.view(torch.uint8).view(_INTEGERS[min(flat.element_size(), 8)])
+    ends = torch.cat([flat[:_ENTRIES], flat[-_ENTRIES:]])
+    return _short([_bytes_of(ends), str(bits.sum(dtype=torch.int64).item())])
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

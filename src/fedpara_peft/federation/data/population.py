@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import ClientDataError, about
 from .batches import count_rows
 
@@ -71,7 +73,7 @@ def _named(datasets: Any, argument: str) -> tuple[Sequence[Any], Sequence[Any]]:
             "of them with partition(…)"
         )
     if isinstance(datasets, Mapping):
-        names, clients = list(datasets), list(datasets.values())
+        names, clients = [_name(key, argument) for key in datasets], list(datasets.values())
     elif isinstance(datasets, Sequence):
         names, clients = range(len(datasets)), datasets
     else:
@@ -82,6 +84,18 @@ def _named(datasets: Any, argument: str) -> tuple[Sequence[Any], Sequence[Any]]:
     if not names:
         raise ClientDataError(f"there are no clients: {argument} is empty")
     return names, clients
+
+
+def _name(key: Any, argument: str) -> str | int:
+    """A client's name, as it is written into checkpoints and read from them again."""
+    if isinstance(key, np.integer | np.str_):
+        key = key.item()
+    if isinstance(key, str | int) and not isinstance(key, bool):
+        return key
+    raise ClientDataError(
+        f"{argument} has a client named {key!r}, a {type(key).__name__}: let names be texts or "
+        "integers, e.g. '/'.join(map(str, name))"
+    )
 
 
 def _sizes(names: Sequence[Any], datasets: Sequence[Any]) -> list[int]:

@@ -150,8 +150,7 @@ def report_from_json(row: dict[str, Any]) -> RoundReport:
         for name, pairs in row["client_metrics"].items()
     }
     row["metrics"] = {name: _number(value) for name, value in row["metrics"].items()}
-    row["train_loss"] = _number(row["train_loss"])
-    return RoundReport(**row)
+    return RoundReport(**{name: _number(value) for name, value in row.items()})
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -168,8 +167,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    # A client's name may be anything that can be a key.
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    return value
 
 
 def _number(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,22 +37,37 @@ class MergedLayer:
             ValueError: ``safe_merge`` found NaN or infinity.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.specs:
-                continue
-            names = list(self.specs[adapter_name].plans)
-            if self.specs[adapter_name].base_weight == "seeded":
-                self._seeded_bases = {n: self._get_base_tensor(n).clone() for n in names}
-            merged = {name: self._merged(adapter_name, name, safe_merge) for name in names}
-            for name, weight in merged.items():
-                self._set_base_tensor(name, weight)
-            self.merged_adapters.append(adapter_name)
-            self._merged_scales[adapter_name] = self.scale_of(adapter_name)
+            if adapter_name in self.specs:
+                with self._trainable_afterwards():
+                    self._merge(adapter_name, safe_merge)
+
+    def _merge(self, adapter_name: str, safe: bool) -> None:
+        names = list(self.specs[adapter_name].plans)
+        if self.specs[adapter_name].base_weight == "seeded":
+            self._seeded_bases = {n: self._get_base_tensor(n).clone() for n in names}
+        merged = {name: self._merged(adapter_name, name, safe) for name in names}
+        for name, weight in merged.items():
+            self._set_base_tensor(name, weight)
+        self.merged_adapters.append(adapter_name)
+        self._merged_scales[adapter_name] = self.scale_of(adapter_name)
 
     def unmerge(self) -> None:
         """Take the merged adapters out of the base layer again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        with self._trainable_afterwards():
+            self._unmerge()
+
+    def base_without_adapters(self, name: str) -> Tensor:
+        """A base weight as it was before adapters were merged into it; a copy, up to rounding."""
+        base = self._get_base_tensor(name).clone()
+        for adapter_name in self.merged_adapters:
+            if adapter_name in self.specs:
+                self._add_composed_(base, adapter_name, name, -self._merged_scales[adapter_name])
+        return base
+
+    def _unmerge(self) -> None:
         if self.replaced:
             self.free_base_weights()
             self.merged_adapters.clear()
@@ -71,7 +88,14 @@ class MergedLayer:
                 self._add_composed_(base, adapter_name, name, -scale)
                 self._set_base_tensor(name, base)
 
-    @torch.no_grad()
+    @contextmanager
+    def _trainable_afterwards(self) -> Iterator[None]:
+        """What is made in here can be trained beside later, in ``torch.inference_mode`` too."""
+        made_for_inference = any(factor.is_inference() for _, factor in self._factors())
+        mode = nullcontext() if made_for_inference else torch.inference_mode(False)
+        with mode, torch.no_grad():
+            yield
+
     def _merged(self, adapter_name: str, name: str, safe: bool) -> Tensor:
         """The base weight with the composed one in it; in place unless it shall be checked."""
         spec = self.specs[adapter_name]
@@ -110,7 +134,8 @@ class MergedLayer:
     def _set_base_tensor(self, name: str, value: Tensor) -> None:
         base_layer = self.get_base_layer()
         if self.replaced:
-            setattr(base_layer, name, nn.Parameter(value))
+            # What trains are the factors: a change of this weight would be lost on unmerging.
+            setattr(base_layer, name, nn.Parameter(value, requires_grad=False))
         elif name == "weight":
             self.set_base_weight(value)
         else:

@@ -78,11 +78,10 @@ def auxiliary_names(model: nn.Module) -> set[str]:
 
 
 def base_weight_names(model: nn.Module, adapter_name: str) -> set[str]:
-    """Names of the base weights beside an adapter's factors: nothing saves or sends them."""
+    """Names of an adapter's base weights, merged or not: nothing saves or sends them."""
     return {
         saved_name(f"{found.name}.base_layer.{found.weight}")
         for found in factorized_weights(model, adapter_name)
-        if not found.spec.replaced
     }
 
 

@@ -26,7 +26,7 @@ from ..errors import (
     TargetError,
     UnsupportedMethodError,
 )
-from ..layer import FedParaLayer, factorized_layers, half_containers
+from ..layer import FedParaLayer, factorized_layers, factorized_weights, half_containers
 from ..layer.mixed_batch import each_sample_its_adapter
 from ..plan import WeightPlan, alpha_for, plan_layer
 from .saving import SavedModel
@@ -226,6 +226,8 @@ class FedParaModel(SavedModel):
 
     # In use.
 
+    untie = staticmethod(untie)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What ``PeftModel`` opens around ``forward`` and ``generate``: see ``mixed_batch.py``."""
@@ -284,7 +286,10 @@ class FedParaModel(SavedModel):
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
             untie(self.model)
+        weights = [w for w in factorized_weights(self.model) if w.spec.from_scratch]
         model: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        for found in weights:  # what trained as factors is an ordinary weight now, and trains
+            getattr(found.layer.get_base_layer(), found.weight).requires_grad_(True)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -341,6 +346,5 @@ def _warn_of_moving_statistics(model: nn.Module) -> None:
             "%d batch norms, first %s, go on moving their running statistics in training, though "
             "the base is frozen, and the adapter is saved without them: keep them in eval() while "
             "training, or put them into modules_to_save",
-            len(moving),
-            moving[0],
-        )
+            len(moving), moving[0],
+        )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .._peft import is_key_under_prefixes
 from ..config import FedParaConfig
 from ..errors import CheckpointError
-from ..layer import FACTOR_CONTAINER, REMAINDER_CONTAINER, factorized_layers
+from ..layer import FACTOR_CONTAINER, REMAINDER_CONTAINER, factorized_layers, factorized_weights
 from ..names import saved_name
 from ..scope import local_tensors
 from .checkpoint import (
@@ -46,8 +47,13 @@ class SavedModel(BaseTuner):
             if name in originals:  # PEFT insists on an entry: it gets the one before training
                 state_dict[name] = whole[originals[name]]
         if config.from_scratch:
-            left_out = auxiliary_names(model) | base_weight_names(model, adapter_name)
+            for name in base_weight_names(model, adapter_name):
+                state_dict.pop(name, None)
+            left_out = auxiliary_names(model)
             return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, left_out)}
+        for name, base in _bases_of_merged(model).items():
+            if name in state_dict:
+                state_dict[name] = base
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -104,6 +110,18 @@ class SavedModel(BaseTuner):
             fill_local_half(model, adapter_name, remapped)
         give_memory(model, remapped)
         return remapped
+
+
+@torch.no_grad()
+def _bases_of_merged(model: nn.Module) -> dict[str, Tensor]:
+    """The tables of embeddings that are merged, without the adapters, which are saved as such."""
+    return {
+        saved_name(f"{found.name}.base_layer.{found.weight}"): found.layer.base_without_adapters(
+            found.weight
+        )
+        for found in factorized_weights(model)
+        if found.layer.merged and isinstance(found.layer.get_base_layer(), nn.Embedding)
+    }
 
 
 def _refuse_lost_layers(model: nn.Module, adapter_name: str, others: list[str]) -> None:

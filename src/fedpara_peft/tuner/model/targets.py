@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from typing import Literal
@@ -187,14 +188,27 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def untie(model: nn.Module) -> None:
     """Give every factorized layer a base weight of its own, where another module shares it."""
     shared = shared_parameters(model)
+    modules = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for _, layer in factorized_layers(model):
         if layer.quantization_backend is None:
             base_layer = layer.get_base_layer()
+            stands_elsewhere = modules[id(base_layer)] > modules[id(layer)]
+            if stands_elsewhere and layer.base_layer is base_layer:
+                layer.base_layer = base_layer = _copied(base_layer)
             for name in {name for spec in layer.specs.values() for name in spec.plans}:
                 weight = getattr(base_layer, name)
                 if id(weight) in shared:
                     own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
                     setattr(base_layer, name, own)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A module with the same tensors, each of which can be exchanged."""
+    own = copy.copy(module)
+    own._parameters = dict(module._parameters)
+    if isinstance(module, nn.RNNBase):
+        vars(own)["_flat_weights"] = list(module._flat_weights)
+    return own
 
 
 def ancestors(model: nn.Module, key: str) -> list[nn.Module]:
