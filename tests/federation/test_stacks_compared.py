@@ -1,5 +1,7 @@
 """What a stack would train wrongly is found before it counts, whenever it begins to."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -85,6 +87,27 @@ def test_a_penalty_on_the_weights_counts_or_is_refused(tmp_path, stacked):  # no
     one, other = both(tmp_path / "whole", whole, pairs(), more={"compute_loss": Pulled()})
     assert stacked == [8, 8]
     alike(one, other)
+
+
+class LooksAtARowThatMoved(Frozen):
+    """At its batch's first, from where that was in the beginning: in the first step at nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.began = copy.deepcopy(self.last).requires_grad_(False)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        found = self.last(x)
+        return found + 30 * (found - self.began(x))[:1].square()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_wrong_from_the_second_step_on(tmp_path, caplog, steps):
+    """In the first round or, where that has one step, in the second."""
+    one, other = both(tmp_path, LooksAtARowThatMoved, pairs(), "auto", per_client_max_steps=steps)
+    alike(one, other)
+    assert "gradients of last" in caplog.text
 
 
 def test_sizes_and_dtypes_of_trained_parameters_may_be_asked_for(tmp_path, stacked):  # noqa: F811
