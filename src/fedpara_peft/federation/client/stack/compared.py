@@ -129,7 +129,7 @@ def _require_equal(alone: State, stacked: State) -> None:
     for name, grad in alone.items():
         most = _DISAGREE if grad.device.type == "cpu" else _DISAGREE_ROUNDED
         share = _norm(stacked[name] - grad) / (max(sizes[name], least) or 1.0)
-        if share > most:
+        if not share <= most:  # nor is NaN
             raise RuntimeError(f"gradients of {name} differ by {share:.0%} from those alone")
 
 
