@@ -462,3 +462,17 @@ def test_the_example_runs(tmp_path):
     assert "relative error 0.00e+00" in done.stdout
     missed = float(re.search(r"images: ([\d.]+)% of the change", done.stdout).group(1))
     assert missed < 0.1
+
+
+@pytest.mark.parametrize("to", ["lycoris", "kohya"])
+def test_a_file_that_readers_would_refuse_is_not_written(tmp_path, to):
+    config = FedParaConfig(r=2, alpha=0, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    target = tmp_path / "a.safetensors"
+    if to == "lycoris":
+        with pytest.raises(ConversionError, match="has alpha 0"):
+            convert_adapter(model, target, to, prefix="")
+        assert not target.exists()
+    else:
+        convert_adapter(model, target, to, prefix="lora_unet_")
+        inspect_adapter(target)

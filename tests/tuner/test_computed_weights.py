@@ -110,3 +110,82 @@ def test_weights_that_are_offloaded_are_weights(path):
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
     cpu_offload(net, execution_device=torch.device("cpu"))
     assert hasattr(get_peft_model(net, config).base_model.model[0], "specs")
+
+
+def _plus_100(layer):
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 100
+
+
+def _hooked(layer):
+    layer.register_forward_hook(lambda module, args, out: out + 100)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(16, 16), (3, 16)),
+    "convolution": (lambda: nn.Conv2d(16, 16, 3), (2, 16, 6, 6)),
+    "embedding": (lambda: nn.Embedding(16, 16), None),
+}
+
+
+@pytest.mark.parametrize("path", ["auto", "compose", "khatri_rao"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("change", [_plus_100, _hooked])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_done_to_a_frozen_layers_call_is_done(kind, change, grad, path):
+    """Caches and offloading hook into a layer before it is adapted, or afterwards."""
+    build, shape = LAYERS[kind]
+    x = torch.arange(6).view(2, 3) if shape is None else torch.randn(*shape)
+    config = FedParaConfig(r=2, target_modules=["0"], compute_path=path, init_weights=False)
+    model = get_peft_model(nn.Sequential(build()), config)
+    with torch.set_grad_enabled(grad):
+        expected = model(x) + 100
+        change(model.base_model.model[0].base_layer)
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["layer, full", "layer, full, pre", "everywhere"])
+@pytest.mark.parametrize("path", ["auto", "compose", "khatri_rao"])
+def test_hooks_on_a_frozen_layer_are_called(path, where):
+    config = FedParaConfig(r=2, target_modules=["0"], compute_path=path, init_weights=False)
+    layer = nn.Linear(16, 16)
+    model = get_peft_model(nn.Sequential(layer), config)
+    called = []
+
+    def hook(module, *_):
+        if module is layer:
+            called.append(module)
+
+    register = {
+        "layer, full": layer.register_full_backward_hook,
+        "layer, full, pre": layer.register_full_backward_pre_hook,
+        "everywhere": nn.modules.module.register_module_forward_hook,
+    }[where]
+    handle = register(hook)
+    try:
+        model(torch.randn(3, 16, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert called == [layer]
+
+
+@pytest.mark.parametrize("base", ["replaced", "seeded"])
+def test_a_forward_put_in_place_of_ones_own_is_not_gone_past(base):
+    layer = nn.Linear(64, 64)
+    _plus_100(layer)
+    config = FedParaConfig(r=2, target_modules=["0"], base_weight=base)
+    with pytest.raises(UnsupportedLayerError, match="a forward that was put in place"):
+        get_peft_model(nn.Sequential(layer), config)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(0, 4), lambda: nn.Linear(4, 0), lambda: nn.Embedding(0, 4),
+        lambda: nn.Conv2d(0, 3, 3),
+    ],
+)  # fmt: skip
+def test_a_layer_without_entries_is_refused_by_name(build):
+    with pytest.raises(UnsupportedLayerError, match=r"0 .*its weight has no entries"):
+        get_peft_model(nn.Sequential(build()), FedParaConfig(r=2, target_modules=["0"]))

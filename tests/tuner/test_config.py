@@ -155,3 +155,12 @@ def test_peft_and_torch_offer_what_we_reach_into():
     rnn = nn.LSTM(2, 3)
     assert rnn._flat_weights_names[0] == "weight_ih_l0"
     assert hasattr(nn.Conv2d(1, 1, 1), "_conv_forward")
+
+
+def test_abbas_start_needs_values():
+    with torch.device("meta"):
+        net = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    config = FedParaConfig(r=2, target_modules=["0"], init_weights="abba")
+    with pytest.raises(RankError, match="the weight is on the meta device"):
+        get_peft_model(net, config)
+    get_peft_model(net, config, low_cpu_mem_usage=True)

@@ -380,3 +380,22 @@ def test_nothing_of_ours_is_hidden_by_torchs_module():
     for part in behind:
         hidden = {n for n in vars(part) if callable(getattr(part, n)) and n in vars(nn.Module)}
         assert not hidden - {"__init__", "__getattr__"}, (part, hidden)
+
+
+@pytest.mark.parametrize("base", ["frozen", "replaced"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Embedding(9, 4), lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 1)]
+)
+def test_nothing_in_is_nothing_out(build, shape, grad, base):
+    """An empty shard, or a prompt without a token."""
+    net = build()
+    config = FedParaConfig(r=1, target_modules=["0"], base_weight=base, init_weights=True)
+    model = get_peft_model(nn.Sequential(copy.deepcopy(net)), config)
+    if isinstance(net, nn.Embedding):
+        x = torch.zeros(shape, dtype=torch.long)
+    else:
+        x = torch.zeros(*shape, 4) if isinstance(net, nn.Linear) else torch.zeros(0, 4, 5)
+    with torch.set_grad_enabled(grad):
+        assert model(x).shape == net(x).shape

@@ -214,3 +214,20 @@ def test_decay_of_the_product_is_that_of_the_dense_weight(base):
 def test_decay_needs_something_to_decay():
     with pytest.raises(ConfigError, match="no active FedPara weight to decay"):
         composed_weight_decay(nn.Linear(2, 2), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("base", ["replaced", "seeded", "frozen"])
+def test_the_composed_decay_of_half_precision(base, dtype):
+    """Its sum of squares is beyond what float16 holds."""
+    torch.manual_seed(0)
+    config = FedParaConfig(
+        r=2, base_weight=base, target_modules=["0"], init_weights=base != "frozen"
+    )
+    model = get_peft_model(nn.Sequential(nn.Embedding(2000, 128)), config).to(dtype)
+    layer = model.base_model.model[0]
+    weight = layer.effective_weight() if base == "seeded" else layer.get_delta_weight("default")
+    expected = 0.5 * weight.double().square().sum().item()
+    found = composed_weight_decay(model, 1.0)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected, rel=1e-3)

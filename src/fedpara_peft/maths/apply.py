@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import RankError
 from .halves import Half, LowRankForm, Nonlinearity, khatri_rao
@@ -105,8 +106,9 @@ def linear(
     if any(half.t is not None for half in halves):
         raise RankError("a half with a core is a convolution kernel, not a matrix: use conv stages")
     flat = x.reshape(-1, x.shape[-1])
-    few = not torch.is_grad_enabled() and flat.shape[0] <= halves[0].x.shape[1]
-    if few or torch._C._are_functorch_transforms_active():  # per-sample gradients, vmap: plainly
+    few = not torch.is_grad_enabled() and not torch.compiler.is_exporting()  # for any batch size
+    few = few and flat.shape[0] <= halves[0].x.shape[1]
+    if few or _is_transformed():
         with as_given(x.device):
             if few:
                 out = scale * by_rows(flat, halves, parameterization)
@@ -226,6 +228,11 @@ class _KhatriRaoLinear(torch.autograd.Function):
             grad.sum(0) if need_bias else None,
             *grad_factors,
         )
+
+
+def _is_transformed() -> bool:
+    """Whether per-sample gradients, vmap or forward-mode AD ask for plain operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _pairs(factors: Sequence[Tensor]) -> list[Half]:

@@ -23,7 +23,7 @@ def composed_weight_decay(model: nn.Module, strength: float) -> Tensor:
         strength: λ.
 
     Returns:
-        R, a scalar of the factors' dtype.
+        R, a scalar, of float64 factors in float64 and of all others in float32.
 
     Raises:
         ConfigError: the model has no active FedPara weight.
@@ -32,7 +32,7 @@ def composed_weight_decay(model: nn.Module, strength: float) -> Tensor:
         >>> (loss + composed_weight_decay(model, 1e-4)).backward()         # doctest: +SKIP
     """
     squares = [
-        _decayed(found).square().sum()
+        _at_least_float32(_decayed(found)).square().sum()
         for found in factorized_weights(model)
         if found.adapter in found.layer.active_adapters
     ]
@@ -43,6 +43,10 @@ def composed_weight_decay(model: nn.Module, strength: float) -> Tensor:
         )
     first = squares[0]
     return strength / 2 * torch.stack([s.to(first.device, first.dtype) for s in squares]).sum()
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _decayed(found: FactorizedWeight) -> Tensor:

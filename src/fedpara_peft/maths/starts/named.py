@@ -71,6 +71,11 @@ def _abba(first: Half, second: Half, base: Callable[[], Tensor]) -> None:
     if first.x.is_meta:
         return
     weight = base()
+    if weight.is_meta:
+        raise RankError(
+            "init_weights='abba' starts from the base weight's singular vectors, and the weight is "
+            "on the meta device: load it first, or make the adapter there too (low_cpu_mem_usage)"
+        )
     r = first.x.shape[1]
     if r > min(weight.shape):
         raise RankError(

@@ -85,7 +85,7 @@ class Embedding(AdditiveLayer):
             ]
             factor = self.scale_of(adapter_name)
             rows = compose(halves, spec.parameterization, spec.nonlinearity, scale=factor)
-            rows = rows.view(*ids.shape, -1)
+            rows = rows.view(*ids.shape, rows.shape[-1])
             if (rest := self.remainder(adapter_name)) is not None:
                 rows = torch.add(rows, F.embedding(ids, rest).to(rows.dtype), alpha=factor)
             if self.zero_row is not None:

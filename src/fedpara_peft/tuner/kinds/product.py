@@ -102,6 +102,8 @@ class ProductLayer(AdditiveLayer):
             return False
         if spec.compute_path == "khatri_rao":
             return True
+        if torch.compiler.is_exporting():  # one graph for any batch size
+            return False
         plan = spec.plans["weight"]
         return low_rank_form_is_cheaper(
             positions=self._positions(x),
@@ -129,10 +131,21 @@ class ProductLayer(AdditiveLayer):
                 and weight.dtype == x.dtype == self.halves(adapter_name)[0].x.dtype
                 and autocast_dtype(x.device) is None
                 and not (self.training and spec.rank_dropout)
-                and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)
-                and not hasattr(base_layer, "_hf_hook")
+                and not _is_watched(base_layer)
             )
         return False
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a forward put in place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def loha_named(halves: Sequence[Half]) -> dict[str, Tensor]:

@@ -47,6 +47,8 @@ def _reason_against(module: nn.Module) -> str | None:
         use = _by_hook(module, computed[0])
     if use is not None:
         return f"it does not use its weight as it is ({use})"
+    if kind is not None and 0 in kind.features_of(module):
+        return "its weight has no entries"
     return None if kind is None else kind.unsupported(module)
 
 
@@ -170,6 +172,12 @@ def check_replaceable(
         raise TargetError(
             f"{key} shares its weight with another module, which would be left without one: put "
             "it into exclude_modules, or untie the weights before"
+        )
+    if "forward" in vars(base_layer):
+        raise UnsupportedLayerError(
+            f"{key} has a forward that was put in place of its class's, which a replaced weight "
+            "would go past: use base_weight='frozen', or put it there after get_peft_model, on "
+            "the adapted layer"
         )
     if computed := _computed(base_layer, "bias"):
         raise UnsupportedLayerError(

@@ -135,6 +135,11 @@ class FileWriter:
                 f"{layer.name} is {layer.parameterization!r}, which LoHa has no form for: convert "
                 "to lora or kohya, or pass the layer on as it is (others='keep')"
             )
+        if not layer.alpha:
+            raise ConversionError(
+                f"{layer.name} has alpha 0, so its ΔW is 0, and readers of {self.to!r} files "
+                "take 0 for a fault: leave the layer out, or give it another alpha"
+            )
         for key, factor in loha_factors(layer, conv1d_as_2d=False).items():
             self._writer.add(f"{name}.{key}", factor)
         alpha = layer.alpha_tensor
