@@ -6,11 +6,12 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftConfig, PeftType, get_peft_model
 from tests.zoo import mlp
 from torch import nn
 
-from fedpara_peft import ConfigError, FedParaConfig, FedParaError
+from fedpara_peft import ConfigError, FedParaConfig, FedParaError, RankError
 
 
 @pytest.mark.parametrize(
