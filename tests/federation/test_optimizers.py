@@ -467,7 +467,6 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, settings, says):
         {"momentum": 0.9, "optim_args": "dampening=0.1"},
         {"optim_args": "maximize=True"},
         {"factor_learning_rate": 0.01},
-        {"momentum": 0.9, "optimizer_state": "keep"},
     ],
     ids=str,
 )

@@ -193,27 +193,37 @@ def test_a_run_is_resumed_on_its_own_frozen_base_alone(tmp_path):
     assert len(resumed(0, 3)) == 3
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.str_, str])
+NAMES = {
+    "integers of NumPy": (np.int64, int),
+    "texts of NumPy": (np.str_, str),
+    "tuples": (lambda i: ("a", (i, None)), lambda i: ("a", (i, None))),
+    "numbers": (lambda i: i / 4, lambda i: i / 4),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_clients_names_come_back_as_they_were(tmp_path, kind):
+    given, kept = NAMES[kind]
+
     def resumed(rounds):
-        parts = partition(toy(), "iid", 5)
-        clients = {kind(10 * i): part for i, part in enumerate(parts)}
+        clients = {given(i): part for i, part in enumerate(partition(toy(), "iid", 5))}
         args = arguments(tmp_path, num_rounds=rounds, save_every=1, eval_every=1)
         run = FederatedTrainer(adapted(mlp(norm=False)), args, clients, client_eval_dataset=clients)
         return run.train(resume_from_checkpoint=True)
 
     resumed(2)
     history = resumed(4)
-    names = {(kind(10 * i)).item() if kind is not str else str(10 * i) for i in range(5)}
+    names = [kept(i) for i in range(5)]
+    assert len(history) == 4
     for report in history:
-        assert set(report.cohort) <= names
-        assert report.client_metrics["loss"].keys() == names
-        assert {type(name) for name in report.cohort} == {type(next(iter(names)))}
+        assert set(report.cohort) <= set(names)
+        assert list(report.client_metrics["loss"]) == names
+        assert {type(name) for name in report.client_metrics["loss"]} == {type(names[0])}
 
 
-@pytest.mark.parametrize("name", [("a", 1), None, 1.5, True])
+@pytest.mark.parametrize("name", [frozenset("a"), ("a", object), b"a"])
 def test_a_name_that_would_not_come_back_is_refused(tmp_path, name):
-    with pytest.raises(ClientDataError, match="let names be texts or integers"):
+    with pytest.raises(ClientDataError, match="let names be texts, numbers or tuples"):
         FederatedTrainer(adapted(mlp(norm=False)), arguments(tmp_path), {name: toy()})
 
 

@@ -124,6 +124,11 @@ def test_how_many_came_is_told_to_no_strategy_with_noise(tmp_path):
             {"weight_decay": 0.1, "max_grad_norm": 1.0},
             "Scaffold cannot have weight_decay and max_grad_norm together",
         ),
+        (
+            Scaffold(),
+            {"momentum": 0.9, "optimizer_state": "keep"},
+            "Scaffold cannot have momentum and optimizer_state='keep' together",
+        ),
     ],
 )
 def test_settings_that_a_strategys_algebra_does_not_allow(tmp_path, strategy, settings, says):

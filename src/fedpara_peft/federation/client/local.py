@@ -164,8 +164,8 @@ class LocalTrainer:
         if strategy.sums_gradients and not self.optimizers.sums_gradients:
             raise ArgumentsError(
                 f"{type(strategy).__name__} cannot have {self.optimizers.name} with these options: "
-                "its steps are no sum of the round's gradients at one learning rate; use plain SGD "
-                "(with momentum only where optimizer_state='reset'), or another strategy"
+                "its steps are no sum of the gradients at one learning rate; use plain SGD, or "
+                "another strategy"
             )
         precision = Precision.of(args.mixed_precision, accelerator)
         self.gradients = Gradients(model, self.parameters, self.objective, precision, args)

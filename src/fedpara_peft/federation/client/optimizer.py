@@ -52,7 +52,7 @@ class Optimizers:
         name: the optimizer's, for messages.
         momentum: of SGD, and 0 of others.
         sums_gradients: whether its steps are a sum of the gradients with weights known beforehand:
-            plain SGD's with one learning rate, with or without a momentum that starts anew.
+            plain SGD's with one learning rate, with or without momentum.
         can_pause: whether a step that one client of a stack does not make can be undone: a state
             of zeros is as good as none.
         has_state: whether it remembers anything from step to step.
@@ -103,10 +103,8 @@ class Optimizers:
         plain = self.can_pause and not any(g["nesterov"] or g["maximize"] for g in groups)
         self.momentum = float(groups[0]["momentum"]) if plain else 0.0
         self.has_state = kinds != {torch.optim.SGD} or any(g["momentum"] for g in groups)
-        self.sums_gradients = (
-            plain
-            and not (self.momentum and args.optimizer_state == "keep")  # it has earlier rounds'
-            and all((g["momentum"], g["lr"]) == (self.momentum, groups[0]["lr"]) for g in groups)
+        self.sums_gradients = plain and all(
+            (g["momentum"], g["lr"]) == (self.momentum, groups[0]["lr"]) for g in groups
         )
 
     @property

@@ -77,10 +77,12 @@ class Steps:
     ) -> None:
         self.rate = args.learning_rate_at(round)
         self._args, self._stack, self._parameters = args, stack, parameters
-        self._sums, self._can_pause = optimizers.sums_gradients, optimizers.can_pause
+        self._can_pause = optimizers.can_pause
+        self._keeps = args.optimizer_state == "keep"
+        # A velocity that is kept is of earlier rounds' gradients.
+        self._sums = optimizers.sums_gradients and not (self._keeps and optimizers.momentum)
         self._names = {tensor: name for name, tensor in parameters.items()}
         self._optimizers = optimizers.make(parameters, round)
-        self._keeps = args.optimizer_state == "keep"
         put_back(self._optimizers, self._names, kept[0] if stack is None else stacked(kept))
         self._options = options_of(self._optimizers) if self._keeps else []
         self._moves = [step_of(optimizer) for optimizer in self._optimizers]

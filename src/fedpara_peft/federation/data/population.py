@@ -86,15 +86,17 @@ def _named(datasets: Any, argument: str) -> tuple[Sequence[Any], Sequence[Any]]:
     return names, clients
 
 
-def _name(key: Any, argument: str) -> str | int:
+def _name(key: Any, argument: str) -> Any:
     """A client's name, as it is written into checkpoints and read from them again."""
-    if isinstance(key, np.integer | np.str_):
+    if isinstance(key, np.generic):
         key = key.item()
-    if isinstance(key, str | int) and not isinstance(key, bool):
+    if isinstance(key, tuple):
+        return tuple(_name(part, argument) for part in key)
+    if key is None or type(key) in (str, int, float, bool):
         return key
     raise ClientDataError(
-        f"{argument} has a client named {key!r}, a {type(key).__name__}: let names be texts or "
-        "integers, e.g. '/'.join(map(str, name))"
+        f"{argument} has a client named {key!r}, of type {type(key).__name__}, which a checkpoint "
+        "would not give back: let names be texts, numbers or tuples of them"
     )
 
 

@@ -143,10 +143,10 @@ def report_to_json(report: RoundReport) -> dict[str, Any]:
 
 def report_from_json(row: dict[str, Any]) -> RoundReport:
     """The inverse of :func:`report_to_json`."""
-    row = {**row, "cohort": tuple(row["cohort"]), "dropped": tuple(row["dropped"])}
-    row["refused"] = tuple((client, reason) for client, reason in row["refused"])
+    row = {**row, "cohort": _name(row["cohort"]), "dropped": _name(row["dropped"])}
+    row["refused"] = tuple((_name(client), reason) for client, reason in row["refused"])
     row["client_metrics"] = {
-        name: {client: _number(value) for client, value in pairs}
+        name: {_name(client): _number(value) for client, value in pairs}
         for name, pairs in row["client_metrics"].items()
     }
     row["metrics"] = {name: _number(value) for name, value in row["metrics"].items()}
@@ -168,6 +168,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _name(value: Any) -> Any:
+    """A client's name, or several: JSON has lists for tuples."""
+    return tuple(map(_name, value)) if isinstance(value, list) else value
 
 
 def _number(value: Any) -> Any:

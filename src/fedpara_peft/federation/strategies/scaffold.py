@@ -11,6 +11,11 @@ from ..errors import ArgumentsError
 from ..state import Broadcast, CohortMean, LocalSteps, ServerState
 from .base import Correction, Kept, Strategy, advance, moment, uneven_means
 
+_KEPT = (
+    "momentum and optimizer_state='keep' together: what is kept is of earlier rounds' gradients, "
+    "so c_i would be no mean of this round's"
+)
+
 
 @dataclass(frozen=True)
 class Scaffold(Strategy):
@@ -42,6 +47,8 @@ class Scaffold(Strategy):
                 "weight_decay and max_grad_norm together: the decay is not clipped, so a step is "
                 "no multiple of one gradient"
             )
+        if args.momentum and args.optimizer_state == "keep":
+            return _KEPT
         return uneven_means(args)
 
     def broadcast(self, server: ServerState) -> Kept:
@@ -60,7 +67,7 @@ class Scaffold(Strategy):
         if steps.weight is None:
             raise ArgumentsError(
                 "Scaffold needs to know what the local optimizer makes of a gradient: use SGD, "
-                "with momentum or weight decay as you like"
+                "with weight decay as you like, and momentum with optimizer_state='reset'"
             )
         scale = -1 / (steps.weight * steps.learning_rate)
         control = broadcast.extra["control"]

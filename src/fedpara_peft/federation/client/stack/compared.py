@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ....comm.state import State
-from ....maths.errors import FedParaError
 from ....maths.precision import wide
 from ...data.loss import LossFunction, read_loss
 from ...precision import Precision
 from ..local import LocalTrainer
-from .batches import OneByOneError
 from .losses import losses_of
 
 #: Relative difference of gradients that rounding does not explain, on the CPU and on accelerators,
@@ -54,6 +52,7 @@ class Compared:
         if not precision.is_full:
             self._exact = losses_of(local.model, compute_loss, local.parameters, full)
         self._seen: Counter[Any] = Counter()
+        self._at: tuple[State, Sequence[Any]] | None = None
         self.most_clients = self._losses.most_clients
 
     def pays(self, own: int) -> bool:
@@ -64,7 +63,6 @@ class Compared:
         """See :class:`~.losses.Losses`.
 
         Raises:
-            OneByOneError: a client's batch fails alone, too.
             RuntimeError: the stack has other gradients than its clients alone, or whatever the
                 model raises when it is run stacked.
         """
@@ -72,24 +70,34 @@ class Compared:
         like = (len(batches), rows, *shapes)
         first = self._seen.total() < _FIRST_STEPS
         due = first or not self._seen[like]
-        try:
-            if due and self._exact is not self._losses:
-                _, counts = self._exact(stack, batches, rows)
-                self._compare(stack, batches, counts, like, first)
-            found = self._losses(stack, batches, rows)
-        except (FedParaError, OneByOneError):
-            raise
-        except Exception:
-            self._run_alone(stack, batches)
-            raise
+        self._at = stack, batches
+        if due and self._exact is not self._losses:
+            _, counts = self._exact(stack, batches, rows)
+            self._compare(stack, batches, counts, like, first)
+        found = self._losses(stack, batches, rows)
         if due and self._exact is self._losses:
             self._compare(stack, batches, found[1], like, first)
+        self._at = None
         return found
+
+    def fails_alone(self) -> bool:
+        """Whether a step that failed does so for a client by itself: because of its data."""
+        if self._at is None:
+            return False
+        (stack, batches), self._at = self._at, None
+        for client, batch in enumerate(batches):
+            self._hold(stack, client)
+            try:
+                with torch.no_grad():
+                    self._compute(self._model, batch)
+            except Exception:  # which comes again, and is then said of its client
+                return True
+        return False
 
     def _compare(
         self, stack: State, batches: Sequence[Any], counts: Tensor, like: Any, first: bool
     ) -> None:
-        learns, compared = counts.gt(0).nonzero().flatten().tolist(), False
+        learns, compared = counts.cpu().gt(0).nonzero().flatten().tolist(), False
         for client in {*learns[:1], *learns[-1:]} if first else learns[-1:]:
             self._hold(stack, client)
             loss = read_loss(self._compute(self._model, batches[client])).mean
@@ -103,16 +111,6 @@ class Compared:
             )
             compared = True
         self._seen[like] += compared
-
-    def _run_alone(self, stack: State, batches: Sequence[Any]) -> None:
-        """Whether it is a client's data that fail, whichever way they are run."""
-        for client, batch in enumerate(batches):
-            self._hold(stack, client)
-            try:
-                with torch.no_grad():
-                    self._compute(self._model, batch)
-            except Exception as error:
-                raise OneByOneError from error
 
     def _hold(self, stack: State, client: int) -> None:
         with torch.no_grad():

@@ -165,26 +165,32 @@ class BatchedTrainer:
         model.train()
         self._local.load(broadcast.params, states[0])
         effects = None if self._proven else SideEffects(model, self._device)
+        changed = effects.found if effects else lambda: None
+        undo = effects.undo if effects else lambda: None
         cause: Exception | None = None
         try:
             with one_row_said():
                 ended = self._train(clients, datasets, round, broadcast, states, resting)
-            reason = None if effects is None else effects.found()
+        # Of data or loss, which the sequential engine finds, and says whose; or steps differ.
+        except (FedParaError, CannotPauseError, OneByOneError):
+            undo()
+            return None
+        except Exception as error:
+            cause, reason = error, changed()
+            undo()  # it may have failed because of that
+            if reason is None:
+                of_data = self._losses.fails_alone()
+                undo()
+                if of_data:
+                    return None
+                first = str(error).partition("\n")[0]
+                reason = f"running it stacked raises {type(error).__name__}: {first:.200}"
+        else:
+            reason = changed()
             if reason is None:
                 self._proven = True
                 return ended
-        # Of data or loss, which the sequential engine finds, and says whose; or steps differ.
-        except (FedParaError, CannotPauseError, OneByOneError):
-            if effects is not None:
-                effects.undo()
-            return None
-        except Exception as error:
-            cause = error
-            first = str(error).partition("\n")[0]
-            reason = f"running it stacked raises {type(error).__name__}: {first:.200}"
-            reason = (effects and effects.found()) or reason  # rather the cause than what follows
-        if effects is not None:
-            effects.undo()
+            undo()
         if self._args.engine == "batched":
             raise ArgumentsError(
                 f"engine='batched' is not possible: {reason}; use engine='sequential'"
