@@ -17,14 +17,8 @@ from ..tuner.config import FedParaConfig
 from ..tuner.convert import Conversion, convert_adapter
 from .arguments import new_parser
 from .errors import CommandError
-from .hub import (
-    adapter_config,
-    adapter_source,
-    base_of,
-    empty_model,
-    give_memory_to_trained,
-    load_model_config,
-)
+from .hub import adapter_config, adapter_source
+from .models import base_of_adapter, give_memory_to_trained, names_and_shapes
 
 _EXAMPLES = """\
 examples:
@@ -90,11 +84,11 @@ def run(args: argparse.Namespace) -> None:
     source = adapter_source(args.source)
     config = adapter_config(source) if source.is_dir() else None
     if isinstance(config, FedParaConfig):
-        done = _convert(_from_fedpara(source, config, args), args)
+        done = _convert(_from_fedpara(source, config, args), None, args)
     elif config is None or config.peft_type == PeftType.LOHA:
         if args.to == "loha" and config is not None and target.suffix != ".safetensors":
             raise CommandError(f"{args.source} is a LoHa already")
-        done = _convert(source, args)
+        done = _convert(source, config, args)
     else:
         raise CommandError(
             f"{args.source} is a {config.peft_type.value}: only FedPara and LoHa adapters convert"
@@ -102,15 +96,17 @@ def run(args: argparse.Namespace) -> None:
     _say(done)
 
 
-def _convert(source: nn.Module | Path, args: argparse.Namespace) -> Conversion:
-    named = args.base is not None and not isinstance(source, nn.Module)
+def _convert(source: nn.Module | Path, config: Any, args: argparse.Namespace) -> Conversion:
+    base: nn.Module | Path | None = None
+    if args.base is not None and not isinstance(source, nn.Module):
+        base = names_and_shapes(args.base, "--base", source, config)
     return convert_adapter(
         source,
         args.target,
         args.to,
         rank=args.rank,
         tolerance=args.tolerance,
-        base=base_of(args.base, "--base") if named else None,
+        base=base,
         component=args.component,
         prefix=args.prefix,
         others="keep" if args.keep_others else "refuse",
@@ -157,8 +153,9 @@ def _from_fedpara(source: Path, config: FedParaConfig, args: argparse.Namespace)
 
 def _with_factors(source: Path, config: FedParaConfig, args: argparse.Namespace) -> PeftModel:
     """The base model without weights, the adapter with its factors."""
+    base = base_of_adapter(args.base, "--base", source, config)
     config.inference_mode = False  # what is trained is what the adapter's file holds
-    model = get_peft_model(empty_model(load_model_config(args.base, "--base")), config)
+    model = get_peft_model(base.empty(), config)
     give_memory_to_trained(model)
     unfit = f"{args.source} does not fit {args.base}: give --base the model it was trained on"
     try:

@@ -10,16 +10,11 @@ from peft import PeftModel
 
 from ..comm.state import load_local
 from ..tuner.config import FedParaConfig
+from ..tuner.scope import local_tensors
 from .arguments import new_parser
 from .errors import CommandError
-from .hub import (
-    adapter_config,
-    adapter_folder,
-    keys_that_differ,
-    load_model,
-    load_model_config,
-    random_model,
-)
+from .hub import adapter_config, adapter_folder
+from .models import base_of_adapter, keys_that_differ, plain_name, saved_shapes
 
 _EXAMPLES = """\
 examples:
@@ -53,14 +48,14 @@ def run(args: argparse.Namespace) -> None:
     config = adapter_config(folder)
     if not isinstance(config, FedParaConfig):
         raise CommandError(f"{args.adapter} is no FedPara adapter: merge it with PEFT itself")
-    if config.from_scratch:
-        base = random_model(load_model_config(args.base, "--base"))
-    else:
-        base = load_model(args.base, "--base")
+    chosen = base_of_adapter(args.base, "--base", folder, config)
+    saved = saved_shapes(folder)
+    base, missing = (chosen.random(), None) if config.from_scratch else chosen.load()
+    plain = set(base.state_dict())
     try:
         # Trainable, for only then does a model have a local half that can be loaded.
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        lacking = keys_that_differ(model, folder)
+        lacking = keys_that_differ(model, saved)
         if lacking:
             raise CommandError(
                 f"{args.adapter} does not fit {args.base} (not in both: {', '.join(lacking[:3])}): "
@@ -73,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     if args.local is not None:
         load_local(model, args.local)
+    local = {plain_name(name) for name in local_tensors(model)} & plain
+    held = {*map(plain_name, saved), *(local if args.local is not None else ())}
+    _refuse_random((local if missing is None else missing) - held, local, args)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -83,3 +81,20 @@ def run(args: argparse.Namespace) -> None:
     )
     if config.form.local_halves and args.local is None:
         print("this is the shared model; --local makes a client's own of it")
+
+
+def _refuse_random(names: set[str], local: set[str], args: argparse.Namespace) -> None:
+    """A model of which a part is drawn anew at every merge is not the one that was trained."""
+    if not names:
+        return
+    listed = ", ".join(sorted(names)[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
+    remedy = (
+        "give --local the client's half that has them"
+        if names <= local
+        else "give --base a folder that has them, or merge the very model that was trained, in "
+        "Python, by merge_and_unload(); modules_to_save puts such modules into the adapter"
+    )
+    raise CommandError(
+        f"the merged model would have random weights, for neither {args.base} nor {args.adapter} "
+        f"has {listed}: {remedy}"
+    )

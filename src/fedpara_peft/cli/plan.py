@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import transformers
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -22,15 +20,8 @@ from ..tuner.config import FedParaConfig
 from ..tuner.summary import fedpara_summary
 from .arguments import new_parser
 from .errors import CommandError
-from .hub import empty_model, load_model_config
+from .models import AUTO_CLASSES, Base
 
-_AUTO_CLASSES: dict[str, Any] = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-}
 _STRATEGIES = {name.lower(): strategy for name, strategy in STRATEGIES.items()}
 
 _EXAMPLES = """\
@@ -74,7 +65,7 @@ def add_parser(commands: Any) -> None:
         help="comma-separated names, all-linear or all-supported (default: all-linear)",
     )  # fmt: skip
     parser.add_argument(
-        "--task-type", choices=tuple(_AUTO_CLASSES),
+        "--task-type", choices=tuple(AUTO_CLASSES),
         help="the model that is made of MODEL's configuration, and what PEFT trains of it besides "
         "adapters, such as a classifier's head (default: the model that was saved)",
     )  # fmt: skip
@@ -127,11 +118,11 @@ def run(args: argparse.Namespace) -> None:
         downlink_codec=args.downlink_codec,
     )
     strategy = _STRATEGIES[args.strategy]()
-    model_config = load_model_config(args.model, "MODEL")
+    base = Base.saved(args.model, "MODEL")
     if args.num_labels is not None:
         if args.num_labels < 1:
             raise CommandError(f"--num-labels must be at least 1, got {args.num_labels}")
-        model_config.num_labels = args.num_labels
+        base = base.with_labels(args.num_labels)
     config = FedParaConfig(
         task_type=args.task_type,
         modules_to_save=_names(args.modules_to_save) if args.modules_to_save else None,
@@ -141,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         base_weight=args.base_weight,
         target_modules=_targets(args.target_modules),
     )
-    plain = _plain_model(args.model, model_config, args.task_type)
+    plain = _plain_model(base, args.task_type)
     dense = plan(plain, run_args, args.clients, strategy)
     _check_names(plain, config.modules_to_save)
     try:
@@ -177,19 +168,15 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _plain_model(name: str, config: Any, task_type: str | None) -> nn.Module:
+def _plain_model(base: Base, task_type: str | None) -> nn.Module:
     """The model that was saved, or one of a task, without weights."""
-    if task_type is None:
-        return empty_model(config)
-    auto = _AUTO_CLASSES[task_type]
-    if type(config) not in auto._model_mapping:
+    made = base if task_type is None else base.of_task(task_type)
+    if made is None:
         raise CommandError(
-            f"{name} is a {config.model_type} model, of which transformers has none for "
-            f"{task_type}: give --task-type another of {', '.join(_AUTO_CLASSES)}, or leave it out"
+            f"{base.model} is a {base.config.model_type} model, of which transformers has none for "
+            f"{task_type}: give --task-type another of {', '.join(AUTO_CLASSES)}, or leave it out"
         )
-    named = copy.deepcopy(config)
-    named.architectures = [auto._model_mapping[type(config)].__name__]
-    return empty_model(named)
+    return made.empty()
 
 
 def _check_names(model: nn.Module, names: Sequence[str] | None) -> None:
