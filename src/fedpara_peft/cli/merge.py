@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     if args.local is not None:
         load_local(model, args.local)
     local = {plain_name(name) for name in local_tensors(model)} & plain
-    held = {*map(plain_name, saved), *(local if args.local is not None else ())}
+    # Of a module that stays with the client the adapter has what it was before training.
+    held = {*map(plain_name, saved)} - local | (local if args.local is not None else set())
     _refuse_random((local if missing is None else missing) - held, local, args)
     try:
         merged = model.merge_and_unload(safe_merge=True)
