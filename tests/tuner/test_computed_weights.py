@@ -1,6 +1,7 @@
 """Layers whose weight something else computes or keeps: refused by name, or left as they are."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -176,6 +177,37 @@ def test_a_forward_put_in_place_of_ones_own_is_not_gone_past(base):
     config = FedParaConfig(r=2, target_modules=["0"], base_weight=base)
     with pytest.raises(UnsupportedLayerError, match="a forward that was put in place"):
         get_peft_model(nn.Sequential(layer), config)
+
+
+def _patched(named):
+    """What libraries of quantizers and caches put in place of a class's forward."""
+    plain = nn.Linear.forward
+
+    def forward(self, x):
+        return plain(self, x) + 100 * (self.out_features == 16)
+
+    return functools.wraps(plain)(forward) if named else forward
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("path", ["auto", "compose", "khatri_rao"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_class_whose_forward_is_patched_is_called(monkeypatch, grad, path, named):
+    config = FedParaConfig(r=2, target_modules=["0"], compute_path=path, init_weights=False)
+    model, x = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config), torch.randn(300, 16)
+    with torch.set_grad_enabled(grad):
+        expected = model(x) + 100
+        monkeypatch.setattr(nn.Linear, "forward", _patched(named))
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("base", ["replaced", "seeded"])
+def test_a_class_whose_forward_is_patched_keeps_its_weight(monkeypatch, base, named):
+    monkeypatch.setattr(nn.Linear, "forward", _patched(named))
+    config = FedParaConfig(r=2, target_modules=["0"], base_weight=base)
+    with pytest.raises(UnsupportedLayerError, match="with a forward of its own"):
+        get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")

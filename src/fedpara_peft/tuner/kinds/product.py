@@ -35,7 +35,7 @@ class ProductLayer(AdditiveLayer):
     @classmethod
     def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
         """A layer with a forward of its own would not be computed as it does."""
-        if not type(base_layer).forward.__module__.startswith(("torch.nn.", "transformers.pyt")):
+        if not _comes_from(type(base_layer).forward, ("torch.nn.", "transformers.pyt")):
             raise UnsupportedLayerError(
                 f"{key} is a {type(base_layer).__name__} with a forward of its own, which a "
                 "replaced weight would go past: use base_weight='frozen' or a plain layer"
@@ -137,7 +137,7 @@ class ProductLayer(AdditiveLayer):
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: hooks, or a forward put in place."""
+    """Whether calling one of torch's modules does more than torch's: hooks, a patched forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -145,7 +145,13 @@ def _is_watched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or not _comes_from(type(module).forward, ("torch.nn.",))
     )
+
+
+def _comes_from(forward: Any, packages: tuple[str, ...]) -> bool:
+    """Whether a class's forward is still its maker's; a wrapper wears the name of the first."""
+    return bool(forward.__module__.startswith(packages)) and not hasattr(forward, "__wrapped__")
 
 
 def loha_named(halves: Sequence[Half]) -> dict[str, Tensor]:
