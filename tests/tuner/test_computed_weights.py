@@ -210,6 +210,15 @@ def test_a_class_whose_forward_is_patched_keeps_its_weight(monkeypatch, base, na
         get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
 
 
+def test_a_recurrent_layers_forward_is_called_anyway():
+    layer = nn.LSTM(16, 16)
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: (plain(*args, **kwargs)[0] + 100, None)
+    config = FedParaConfig(r=2, target_modules=["0"], base_weight="replaced")
+    model = get_peft_model(nn.Sequential(layer), config)
+    assert model(torch.randn(3, 2, 16))[0].min() > 90
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize(
     "build",

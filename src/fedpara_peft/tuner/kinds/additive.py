@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import UnsupportedLayerError
 from ..layer import FedParaLayer
 
 
@@ -13,6 +14,16 @@ class AdditiveLayer(FedParaLayer):
     """Base of the kinds whose adapters act side by side, and can differ within a batch."""
 
     mixes_adapters = True
+
+    @classmethod
+    def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
+        """A layer that is called in another way would not be computed in that way."""
+        if "forward" in vars(base_layer):
+            raise UnsupportedLayerError(
+                f"{key} has a forward that was put in place of its class's, which a replaced "
+                "weight would go past: use base_weight='frozen', or put it there after "
+                "get_peft_model, on the adapted layer"
+            )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus ``(alpha / r) ΔW`` of every active adapter, or the composed W alone.

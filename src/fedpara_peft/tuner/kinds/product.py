@@ -35,6 +35,7 @@ class ProductLayer(AdditiveLayer):
     @classmethod
     def check_replaceable(cls, base_layer: nn.Module, key: str) -> None:
         """A layer with a forward of its own would not be computed as it does."""
+        super().check_replaceable(base_layer, key)
         if not _comes_from(type(base_layer).forward, ("torch.nn.", "transformers.pyt")):
             raise UnsupportedLayerError(
                 f"{key} is a {type(base_layer).__name__} with a forward of its own, which a "

@@ -173,12 +173,6 @@ def check_replaceable(
             f"{key} shares its weight with another module, which would be left without one: put "
             "it into exclude_modules, or untie the weights before"
         )
-    if "forward" in vars(base_layer):
-        raise UnsupportedLayerError(
-            f"{key} has a forward that was put in place of its class's, which a replaced weight "
-            "would go past: use base_weight='frozen', or put it there after get_peft_model, on "
-            "the adapted layer"
-        )
     if computed := _computed(base_layer, "bias"):
         raise UnsupportedLayerError(
             f"{key} cannot have its weight replaced: {_by_hook(base_layer, computed[0])}; or put "
