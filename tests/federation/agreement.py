@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset, random_split
 
@@ -138,3 +139,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads must not outlive the interpreter

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate import PartialState
 from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -167,3 +168,4 @@ def run(folder, strategy, parameterization, rounds, variant=None, tell=print):
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads must not outlive the interpreter

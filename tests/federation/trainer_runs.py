@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script finds its own folder alone
@@ -23,3 +24,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # its threads must not outlive the interpreter
