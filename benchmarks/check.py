@@ -94,7 +94,7 @@ def layers(rows: list[dict[str, Any]], seconds: float) -> Iterator[tuple[Any, st
 def models(rows: list[dict[str, Any]], seconds: float) -> Iterator[tuple[Any, str, list[float]]]:
     """A whole step with replaced weights, of the dense model's."""
     for name in MODELS:
-        row = next((x for x in rows if x["model"] == name), None)
+        row = next((x for x in rows if x.get("model") == name), None)
         if row is None:
             continue
         build_net, wanted, gamma, x, y = cases()[name]
