@@ -27,6 +27,7 @@ from torch import nn
 import fedpara_peft.tuner.layer.base as layer_module
 from fedpara_peft import FedParaConfig
 from fedpara_peft.maths.compose import Half, compose
+from fedpara_peft.maths.halves import khatri_rao
 
 
 def einsum_compose(halves: Sequence[Half], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -184,9 +185,7 @@ def _form_layer(
     x1: torch.Tensor, y1: torch.Tensor, x2: torch.Tensor, y2: torch.Tensor,
     x: torch.Tensor, grad: torch.Tensor,
 ) -> None:  # fmt: skip
-    a, b = (
-        (one.unsqueeze(2) * other.unsqueeze(1)).flatten(1) for one, other in ((x1, x2), (y1, y2))
-    )
+    a, b = khatri_rao(x1, x2), khatri_rao(y1, y2)
     h, of_h = x @ b, grad @ a
     h @ a.T
     for of_form, one, other in ((grad.T @ h, x1, x2), (x.T @ of_h, y1, y2)):

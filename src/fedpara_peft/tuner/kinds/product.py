@@ -18,6 +18,7 @@ from ...maths.compose import Half
 from ...maths.cost import low_rank_form_is_cheaper
 from ...maths.precision import autocast_dtype, output_dtype
 from ..errors import UnsupportedLayerError
+from ..hooks import has_hooks
 from .additive import AdditiveLayer
 
 #: LoHa's factors in the order of ours: X, Y, T of each half.
@@ -139,13 +140,9 @@ class ProductLayer(AdditiveLayer):
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether calling one of torch's modules does more than torch's: hooks, a patched forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    return (
+        has_hooks(module)
         or "forward" in vars(module)
-        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         or not _comes_from(type(module).forward, ("torch.nn.",))
     )
 

@@ -37,6 +37,11 @@ class FactorizedWeight(NamedTuple):
         return self.layer.specs[self.adapter]
 
     @property
+    def base_name(self) -> str:
+        """What ``state_dict()`` calls the weight beside the factors, where there is one."""
+        return f"{self.name}.base_layer.{self.weight}".removeprefix(".")
+
+    @property
     def remainder_name(self) -> str:
         """What ``state_dict()`` calls its remainder, where it has one."""
         return f"{self.name}.{REMAINDER_CONTAINER}.{self.adapter}.{self.weight}".removeprefix(".")

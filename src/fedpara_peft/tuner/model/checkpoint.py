@@ -79,10 +79,7 @@ def auxiliary_names(model: nn.Module) -> set[str]:
 
 def base_weight_names(model: nn.Module, adapter_name: str) -> set[str]:
     """Names of an adapter's base weights, merged or not: nothing saves or sends them."""
-    return {
-        saved_name(f"{found.name}.base_layer.{found.weight}")
-        for found in factorized_weights(model, adapter_name)
-    }
+    return {saved_name(found.base_name) for found in factorized_weights(model, adapter_name)}
 
 
 def saved_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:

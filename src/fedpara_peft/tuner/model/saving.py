@@ -51,9 +51,7 @@ class SavedModel(BaseTuner):
                 state_dict.pop(name, None)
             left_out = auxiliary_names(model)
             return {k: v for k, v in state_dict.items() if not is_key_under_prefixes(k, left_out)}
-        for name, base in _bases_of_merged(model).items():
-            if name in state_dict:
-                state_dict[name] = base
+        _take_adapters_out(model, state_dict)
         return super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -113,15 +111,15 @@ class SavedModel(BaseTuner):
 
 
 @torch.no_grad()
-def _bases_of_merged(model: nn.Module) -> dict[str, Tensor]:
-    """The tables of embeddings that are merged, without the adapters, which are saved as such."""
-    return {
-        saved_name(f"{found.name}.base_layer.{found.weight}"): found.layer.base_without_adapters(
-            found.weight
+def _take_adapters_out(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Of tables of embeddings that are merged: the adapters are saved as such."""
+    for found in factorized_weights(model):
+        name, is_table = (
+            saved_name(found.base_name),
+            isinstance(found.layer.get_base_layer(), nn.Embedding),
         )
-        for found in factorized_weights(model)
-        if found.layer.merged and isinstance(found.layer.get_base_layer(), nn.Embedding)
-    }
+        if is_table and found.layer.merged and name in state:
+            state[name] = found.layer.base_without_adapters(found.weight)
 
 
 def _refuse_lost_layers(model: nn.Module, adapter_name: str, others: list[str]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ....comm.state import State
 from ....maths.errors import FedParaError
+from ....tuner.hooks import has_hooks
 from ....tuner.layer import FedParaLayer
 from ....tuner.scope import persistent_buffers, remainders
 from ...arguments import FederatedArguments
@@ -253,13 +254,8 @@ def _keeps_nothing(collator: Any) -> bool:
 
 def _hooked(model: nn.Module) -> bool:
     """Whether anything of the model has hooks, the user's or of old-style weight norm."""
-    on_modules = (
-        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    )  # fmt: skip
-    return (
-        any(getattr(module, hooks) for module in model.modules() for hooks in on_modules)
-        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return any(map(has_hooks, model.modules())) or any(
+        p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -120,8 +120,10 @@ class Reductions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.mapped:
-            with mappable_attention() if func in _ATTENTION else nullcontext():
-                return func(*args, **kwargs)
+            if func in _ATTENTION:
+                with mappable_attention():
+                    return func(*args, **kwargs)
+            return func(*args, **kwargs)
         if self._has_own(args) or self._has_own(kwargs.values()):
             return self._told_of_own(func, args, kwargs)
         if func in _LOSSES:
