@@ -187,7 +187,7 @@ def test_the_packages_model_speaks(example):
 
 
 def test_a_base_in_four_bits_trains(tmp_path, example):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     finetune, _, tokenizer = example
     finetune.load_model("tiny").save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -270,7 +270,7 @@ def test_a_weight_decomposed_adapter_is_kept_or_refused(tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert any(key.endswith("dora_scale") for key in after)
-    lycoris = pytest.importorskip("lycoris")
+    lycoris = pytest.importorskip("lycoris", reason="lycoris-lora is not installed")
     model = block()
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         network, _ = lycoris.create_lycoris_from_weights(1.0, str(target), model)

@@ -140,7 +140,7 @@ def test_a_quorum_asks_for_updates(tmp_path):
 
 
 def test_with_noise_a_round_of_refusals_moves_by_the_noise_alone(tmp_path):
-    pytest.importorskip("dp_accounting")
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
 
     def moved(name, refused):
         run = FederatedTrainer(

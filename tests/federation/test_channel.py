@@ -199,7 +199,7 @@ def test_clipping_bounds_what_a_client_can_do(tmp_path):
 
 
 def test_noise_has_the_stated_size_and_cost(tmp_path):
-    accounting = pytest.importorskip("dp_accounting")
+    accounting = pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
     from dp_accounting import rdp
 
     def moved(folder, noise):
@@ -226,7 +226,7 @@ def test_noise_has_the_stated_size_and_cost(tmp_path):
 
 def test_the_noise_cannot_be_drawn_again_by_others(tmp_path):
     """The run's seed is published, the noise's is not; a resumed run has the same all the same."""
-    pytest.importorskip("dp_accounting")
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
     settings = {"num_rounds": 4, "clients_per_round": 4, "clip_update_norm": 0.5,
                 "dp_noise_multiplier": 1.0, "save_every": 2}  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_how_many_reported_does_not_show_in_the_noise(tmp_path):
     args = FederatedArguments(
         str(tmp_path), clip_update_norm=1.0, dp_noise_multiplier=1.0, drop_out_probability=0.2
     )
-    pytest.importorskip("dp_accounting")
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
     mechanism = GaussianMechanism(args, 20, 10, [])
     ones = {"w": torch.ones(3, dtype=torch.float64)}
     none = mechanism.add_noise({"w": torch.zeros(3, dtype=torch.float64)}, 0, 5, 1)

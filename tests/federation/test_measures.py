@@ -143,7 +143,7 @@ def expected_of(report, name):
 
 
 def test_wandb_writes_a_run_without_a_network(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -156,7 +156,7 @@ def test_wandb_writes_a_run_without_a_network(tmp_path, monkeypatch):
 
 
 def test_mlflow_writes_every_rounds_numbers(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.chdir(tmp_path)
     history = trainer(tmp_path, report_to="mlflow").train()

@@ -78,7 +78,7 @@ def test_a_strategy_of_ones_own_runs_is_counted_resumed_and_refused_with_noise(t
     whole = trainer(tmp_path / "whole", Curious(), adapted(mlp(norm=False)), **settings)
     whole.train()
     same_states(again.model.state_dict(), whole.model.state_dict())
-    pytest.importorskip("dp_accounting")
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
     with pytest.raises(ArgumentsError, match=r"would not be protected, first \['square/"):
         trainer(tmp_path / "noise", Curious(), **PRIVATE)
 

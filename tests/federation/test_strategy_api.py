@@ -88,13 +88,13 @@ def test_a_strategy_of_ones_own_sends_one_way_alone(tmp_path, strategy, up, down
     [(SendsUp(), "square/"), (SendsDown(), "last/"), (Scaffold(), "control/")],
 )
 def test_what_travels_beside_updates_is_refused_with_noise(tmp_path, strategy, first):
-    pytest.importorskip("dp_accounting")
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
     with pytest.raises(ArgumentsError, match=rf"would not be protected, first \['{first}"):
         trainer(tmp_path, strategy, mlp(norm=False), **PRIVATE)
 
 
 def test_how_many_came_is_told_to_no_strategy_with_noise(tmp_path):
-    pytest.importorskip("dp_accounting")
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
     seen = []
 
     class Watches(Strategy):

@@ -14,7 +14,7 @@ from collections import Counter
 
 import pytest
 
-pytest.importorskip("flwr")
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 import psutil
 from tests.slow.flower_trial import (

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-pytest.importorskip("flwr")
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from safetensors.torch import load_file
 from tests.slow.flower_trial import Trial, bits, killed, relay, task

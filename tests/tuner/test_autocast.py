@@ -105,7 +105,7 @@ def test_a_half_precision_base_without_autocast(kind, path, dtype, adapter_dtype
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_four_bit_base_under_autocast(path, dtype):
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     for quantized in (
         bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=dtype),
         bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),

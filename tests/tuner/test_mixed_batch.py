@@ -195,7 +195,7 @@ def test_a_transformer_encoder_with_adapter_names():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapter_names_under_autocast_and_on_a_quantized_base(dtype):
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=dtype)
     model = adapters(nn.Sequential(layer).to("cpu"), target_modules=["0"])
     x = torch.randn(6, 64)

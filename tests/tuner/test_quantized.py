@@ -13,18 +13,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the quantization librari
 
 
 def bnb_8bit(tmp_path):
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     return nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu"), ["0"]
 
 
 def bnb_4bit(tmp_path):
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
     return nn.Sequential(layer).to("cpu"), ["0"]
 
 
 def torchao_int8(tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=32,

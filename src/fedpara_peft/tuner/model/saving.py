@@ -114,10 +114,8 @@ class SavedModel(BaseTuner):
 def _take_adapters_out(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Of tables of embeddings that are merged: the adapters are saved as such."""
     for found in factorized_weights(model):
-        name, is_table = (
-            saved_name(found.base_name),
-            isinstance(found.layer.get_base_layer(), nn.Embedding),
-        )
+        name = saved_name(found.base_name)
+        is_table = isinstance(found.layer.get_base_layer(), nn.Embedding)
         if is_table and found.layer.merged and name in state:
             state[name] = found.layer.base_without_adapters(found.weight)
 
