@@ -120,17 +120,15 @@ class Parameterization:
         """
         total = base
         for term in reversed(self.shared_terms if shared else self.terms):
-            product, last = None, parts[term[-1]]
-            for i in term[:-1]:
-                product = parts[i] if product is None else product * parts[i]
-            if total is not None and product is not None:
-                total = torch.addcmul(total, product, last, value=scale)
-                continue
-            part = last if product is None else product * last
-            if total is not None:
-                total = torch.add(total, part, alpha=scale)
+            product = parts[term[0]]
+            for i in term[1:]:
+                product = product * parts[i]
+            if total is None:
+                total = product if scale == 1 else product * scale
+            elif scale == 1 and len(term) > 1:  # addcmul's gradients take twice the passes
+                total = product.add_(total)
             else:
-                total = part if scale == 1 else part * scale
+                total = torch.add(total, product, alpha=scale)
         assert total is not None
         return total
 
