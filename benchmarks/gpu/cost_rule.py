@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpara_peft.maths.cost import ACCELERATOR
+
 Row = dict[str, Any]
 
 
@@ -48,26 +50,29 @@ def counted(
     Args:
         row: a measured case.
         pass_cost: what an entry costs beside its products.
-        launch: operations that a fixed cost of the form's way is worth.
+        launch: operations that the launches of a linear layer's form are worth.
         wide: what an operation of the form's narrow products costs, in units of a wide one's.
     """
     p, dense, form, r = row["positions"], row["dense"], row["form"], row["rank"]
+    linear = row["table"] == "linear"
+    features = row["m"] + row["n"] if linear else 2 * row["channels"]
+    around = pass_cost * p * features + (launch if linear else 0)
     if row["training"]:
         joined = 2 if row["joined"] else 6
         return (
-            (6 * p * wide + pass_cost) * form + launch,
-            (16 * r + pass_cost) * dense + joined * p * dense,
+            (6 * p * wide + 2 * pass_cost) * form + around,
+            (12 * r + pass_cost) * dense + joined * p * dense,
         )
     joined = 0 if row["joined"] else 2
     return (
-        (2 * p * wide + pass_cost * min(1.0, p / r)) * form + launch,
+        (2 * p * wide + 2 * pass_cost * min(1.0, p / r)) * form + around,
         (4 * r + pass_cost) * dense + joined * p * dense,
     )
 
 
 def chosen(row: Row, *constants: float) -> str:
-    """What the rule takes with these constants."""
-    form, compose = counted(row, *constants)
+    """What the rule takes with these constants, or with an accelerator's."""
+    form, compose = counted(row, *(constants or ACCELERATOR))
     return "khatri_rao" if form <= compose else "compose"
 
 
@@ -85,8 +90,8 @@ def fitted(cases: Sequence[Row], grid: Sequence[Sequence[float]]) -> tuple[float
     )
 
 
-PASS_COSTS = [64, *(2.0**k for k in range(0, 16))]
-LAUNCHES = [0, *(2.0**k for k in range(18, 34))]
+PASS_COSTS = [2.0**k for k in range(0, 16)]
+LAUNCHES = [0, *(2.0**k for k in range(18, 37))]
 WIDTHS = [1.0, 0.5, 0.7, 1.5, 2.0, 3.0, 4.0, 8.0]
 
 
@@ -101,7 +106,7 @@ def main() -> None:
     random.Random(1).shuffle(cases)
     halves = cases[::2], cases[1::2]
     rules = {
-        "as it is": [[64.0]],
+        "as it is": [[cost] for cost in ACCELERATOR],
         "pass cost": [PASS_COSTS],
         "pass cost, launch": [PASS_COSTS, LAUNCHES],
         "pass cost, launch, narrow": [PASS_COSTS, LAUNCHES, WIDTHS],

@@ -1,4 +1,4 @@
-"""Whether the cost rule, whose constants are a CPU's, takes the faster way on this device."""
+"""Both ways of applying a weight: whether the cost rule takes the faster one on this device."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _both(
     session: Session, plain: nn.Module, x: Tensor, grad: Tensor | None, r: int, precision: str,
     base: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times of both ways and of ``auto``, what the rule takes, and what it knows."""
+    """Times of both ways, and what the rule knows."""
     config = FedParaConfig(r=r, base_weight=base, target_modules=["0"])
     model = get_peft_model(nn.Sequential(plain), config).to(session.device)
     with torch.no_grad():
@@ -118,16 +118,14 @@ def _both(
 
         return once
 
-    runs = {path: going(path) for path in ("compose", "khatri_rao", "auto")}
+    runs = {path: going(path) for path in ("compose", "khatri_rao")}
     with products_in(precision):
         times = paired(runs, session.device, 0.003 if session.smoke else 0.02, most=15)
         layer.specs["default"] = ours
         with torch.set_grad_enabled(grad is not None):
             joined = base == "frozen" and layer._can_join(x, "default")
-            form = layer._takes_form(x, "default", joined=joined)
     return {
-        **compared(times, "auto"),
-        "takes": "khatri_rao" if form else "compose",
+        **compared(times, "khatri_rao"),
         "joined": joined,
         "positions": layer._positions(x),
         "dense": plan.shape.numel,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedpara_peft import RankError
 from fedpara_peft.maths.apply import by_rows, form_rank, khatri_rao, linear, low_rank_form
 from fedpara_peft.maths.compose import Half, add_composed_, compose
-from fedpara_peft.maths.cost import low_rank_form_is_cheaper
+from fedpara_peft.maths.cost import ACCELERATOR, PROCESSOR, low_rank_form_is_cheaper
 
 NAMES = ["fedpara", "pfedpara", "lowrank"]
 
@@ -193,22 +193,22 @@ def test_adding_in_chunks_is_adding(name, kernel, chunk, tanh):
 
 
 def test_the_cost_rule_at_known_places():
-    def rule(m, n, r, tokens, training=True, joined=True, launches=False):
+    def rule(m, n, r, tokens, training=True, joined=True, costs=PROCESSOR):
         return low_rank_form_is_cheaper(
-            positions=tokens, dense=m * n, form=r * r * (m + n), r=r, training=training,
-            joined=joined, launches=launches,
+            positions=tokens, dense=m * n, form=r * r * (m + n), features=m + n, r=r,
+            training=training, joined=joined, costs=costs,
         )  # fmt: skip
 
     assert rule(4096, 4096, 8, 512)
-    assert not rule(
-        768, 768, 8, 64, launches=True
-    )  # an H100 composes that in less than it launches
+    # an H100 composes that in less than it launches
+    assert not rule(768, 768, 8, 64, costs=ACCELERATOR)
+    assert not rule(64, 64, 4, 16)  # and so does a processor with a small layer
     assert rule(768, 768, 8, 64)
-    assert rule(4096, 4096, 8, 512, launches=True)
+    assert rule(4096, 4096, 8, 512, costs=ACCELERATOR)
     assert rule(4096, 4096, 32, 1, training=False)
     assert rule(4096, 4096, 8, 512, training=False)
     assert not rule(4096, 4096, 32, 512, training=False)  # 1,024 columns, made at every pass
     assert not rule(768, 768, 32, 512)
-    assert rule(256, 512, 16, 10, joined=False)  # from scratch at a tiny batch
+    assert rule(256, 784, 10, 10, joined=False)  # from scratch at a tiny batch
     assert not rule(256, 784, 32, 10, joined=False)  # building 1,024 columns costs more
     assert not rule(256, 512, 16, 500, joined=False)

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
-#: Operations that an entry of a composed weight, or of the form's factors, costs in training beside
-#: its products: elementwise passes are bound by memory, so they count for more than they compute.
-#: Measured, not derived.
-PASS_COST = 64
-#: Operations that the form's many small launches are worth on an accelerator, where a linear layer
-#: that composes has one product more than a plain one. Measured on an H100, not derived.
-LAUNCH_COST = 1 << 33
+from typing import NamedTuple
+
+
+class Costs(NamedTuple):
+    """What is worth how many operations on a kind of device; measured, not derived.
+
+    Attributes:
+        one_pass: what an entry costs that is made or changed beside the products. It is bound by
+            memory, so it counts for more than it computes.
+        launches: that the form has more and smaller steps than composing.
+    """
+
+    one_pass: int
+    launches: int
+
+
+#: Of a CPU with AVX-512, on one thread; ``benchmarks/ablations.py`` shows what they are worth.
+PROCESSOR = Costs(96, 1 << 22)
+#: Of an H100 in bfloat16, TF32 and float32; see ``benchmarks/gpu/cost_rule.py``.
+ACCELERATOR = Costs(512, 1 << 34)
+#: A kernel with a core is composed in as many steps as its form has.
+ACCELERATOR_KERNELS = ACCELERATOR._replace(launches=0)
 
 
 def low_rank_form_is_cheaper(
-    *, positions: int, dense: int, form: int, r: int, training: bool, joined: bool, launches: bool
+    *,
+    positions: int,
+    dense: int,
+    form: int,
+    features: int,
+    r: int,
+    training: bool,
+    joined: bool,
+    costs: Costs,
 ) -> bool:
     """Whether to apply the low-rank form rather than to compose the weight.
 
     Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
-    F = R (M + N) + R² K entries of the form:
+    F = R (M + N) + R² K entries of the form, c and l the device's ``one_pass`` and ``launches``:
 
-        form       (6 P + c) F  training,    (2 P + c min(1, P / r)) F  inference (by rows, few P)
-        compose    (16 r + c) D  training,    (4 r + c) D  inference
+        form       (6 P + 2 c) F + c P (M + N) + l                   training
+                   (2 P + 2 c min(1, P / r)) F + c P (M + N) + l     inference; by rows, few P
+        compose    (12 r + c) D  training,    (4 r + c) D  inference
                    + 2 P D  training,  + 0    inference    joined: one product with W₀ + ΔW
                    + 6 P D  training,  + 2 P D inference   otherwise
-
-    and for the form of a linear layer on an accelerator ``LAUNCH_COST``.
 
     Args:
         positions: rows that the weight multiplies (tokens; output pixels of a convolution).
         dense: D.
         form: F.
+        features: M + N.
         r: inner rank.
         training: whether a backward pass follows.
         joined: whether the composed weight can be added to the base weight and applied with it.
-        launches: whether the form pays for launching more work than composing does.
+        costs: the device's.
     """
-    launching = LAUNCH_COST if launches else 0
+    c, around = costs.one_pass, costs.one_pass * positions * features + costs.launches
     if training:
-        composing = (16 * r + PASS_COST) * dense + (2 if joined else 6) * positions * dense
-        return (6 * positions + PASS_COST) * form + launching <= composing
-    composing = (4 * r + PASS_COST) * dense + (0 if joined else 2) * positions * dense
-    return (2 * positions + PASS_COST * min(1.0, positions / r)) * form + launching <= composing
+        composing = (12 * r + c) * dense + (2 if joined else 6) * positions * dense
+        return (6 * positions + 2 * c) * form + around <= composing
+    composing = (4 * r + c) * dense + (0 if joined else 2) * positions * dense
+    return (2 * positions + 2 * c * min(1.0, positions / r)) * form + around <= composing

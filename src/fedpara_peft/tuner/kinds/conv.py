@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...maths.apply import low_rank_form
+from ...maths.cost import ACCELERATOR_KERNELS
 from ...maths.precision import as_given, compute_dtype
 from ..config import ComputePath
 from ..errors import ConfigError, ConversionError
@@ -30,7 +31,7 @@ class Conv(ProductLayer):
     """
 
     kind = "conv"
-    form_launches_more = False  # composing a kernel with a core is as many products
+    costs_on_accelerators = ACCELERATOR_KERNELS
     base_classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod

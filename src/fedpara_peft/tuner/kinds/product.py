@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...maths.apply import has_low_rank_form
 from ...maths.compose import Half
-from ...maths.cost import low_rank_form_is_cheaper
+from ...maths.cost import ACCELERATOR, PROCESSOR, Costs, low_rank_form_is_cheaper
 from ...maths.precision import autocast_dtype, output_dtype
 from ..errors import UnsupportedLayerError
 from ..hooks import has_hooks
@@ -28,8 +28,8 @@ LOHA_FACTORS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b"
 class ProductLayer(AdditiveLayer):
     """Base of linear layers and convolutions."""
 
-    #: Whether the low-rank form is more launches than composing, which an accelerator feels.
-    form_launches_more: ClassVar[bool] = True
+    #: For the choice between form and composing, beside a processor's.
+    costs_on_accelerators: ClassVar[Costs] = ACCELERATOR
 
     # What a layer kind says about itself.
 
@@ -111,10 +111,11 @@ class ProductLayer(AdditiveLayer):
             positions=self._positions(x),
             dense=plan.shape.numel,
             form=plan.form_parameters,
+            features=plan.shape.out_features + plan.shape.in_features,
             r=plan.r,
             training=torch.is_grad_enabled(),
             joined=joined,
-            launches=self.form_launches_more and x.device.type != "cpu",
+            costs=PROCESSOR if x.device.type == "cpu" else self.costs_on_accelerators,
         )
 
     def _can_join(self, x: Tensor, adapter_name: str) -> bool:
