@@ -27,6 +27,7 @@ from fedpara_peft import (
     Scaffold,
     partition,
 )
+from fedpara_peft.comm.state import local_state
 from fedpara_peft.federation.folder.checkpoint import checkpoints
 from fedpara_peft.federation.folder.history import report_from_json, report_to_json
 from fedpara_peft.federation.state import RoundReport
@@ -90,6 +91,26 @@ def test_resumed_is_uninterrupted(tmp_path, strategy, stop, store):
     assert same(final(again), final(whole))
     assert [r.train_loss for r in resumed] == [r.train_loss for r in history]
     assert [r.metrics for r in resumed] == [r.metrics for r in history]
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_new_clients_of_a_resumed_run_begin_as_they_would_have(tmp_path, engine):
+    """A script without a seed builds other local tensors at every start."""
+    settings = {"clients_per_round": 1, "num_rounds": 12, "drop_out_probability": 0.0}
+    settings["engine"] = engine
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    with pytest.raises(InterruptedTestError):
+        trainer(tmp_path / "cut", callbacks=[StopAfter(2)], **settings).train()
+    model = adapted(mlp(norm=False), parameterization="pfedpara")
+    for tensor in local_state(model).values():
+        tensor.normal_()
+    clients = partition(toy(), "iid", 5)
+    again = FederatedTrainer(
+        model, arguments(tmp_path / "cut", save_every=2, **settings), clients, toy()
+    )
+    again.train(resume_from_checkpoint=True)
+    assert same(final(again), final(whole))
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "sgd"])

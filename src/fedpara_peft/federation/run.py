@@ -196,12 +196,11 @@ class Run:
             self._save()
 
     def _save(self) -> None:
-        server, best = self._server, self._best.round
+        local, best = self._local.first_local, self._best.round
+        checkpoint = Checkpoint(self._server, self.history, self.ledger, local)
         self._backend.commit()
-        self._crew.on_main(
-            lambda: self._folder.save(server, self.history, self.ledger, self.model, best)
-        )
-        self._folder.note_saved(server.round, best)
+        self._crew.on_main(lambda: self._folder.save(checkpoint, self.model, best))
+        self._folder.note_saved(self._server.round, best)
 
     def _is_best_to_keep(self) -> bool:
         return self._args.load_best_model_at_end and self._best.round == self._server.round
@@ -237,6 +236,7 @@ class Run:
         else:
             self.history, self.ledger = found.history, found.ledger
             self._server = placed_like(found.server, self._local.shared)
+            self._local.begin_with(found.first_local)
         self._best = Best.before(self._args).after_all(self.history)
         self._local.load(self._server.params)
         self._backend.begin(self._server, self.history, self._folder.saved)

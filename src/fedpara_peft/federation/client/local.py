@@ -170,6 +170,11 @@ class LocalTrainer:
         precision = Precision.of(args.mixed_precision, accelerator)
         self.gradients = Gradients(model, self.parameters, self.objective, precision, args)
 
+    def begin_with(self, first_local: State) -> None:
+        """Have clients that never trained begin with these local tensors, where there are any."""
+        for name, tensor in first_local.items():
+            self.first_local[name].copy_(tensor)
+
     def load(self, params: State, state: ClientState | None = None) -> None:
         """Put a global state and a client's own into the model; a new client's by default."""
         local = self.first_local if state is None else state.local

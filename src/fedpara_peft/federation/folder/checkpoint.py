@@ -1,6 +1,6 @@
 """Checkpoints of a run: complete or not there at all.
 
-    checkpoint-12/server.safetensors    w_t and what the strategy keeps on the server
+    checkpoint-12/server.safetensors    w_t, what the strategy keeps, new clients' local tensors
     checkpoint-12/trainer_state.json    round, reports of all rounds, settings that must not change
     checkpoint-12/flights.safetensors   what clients that are still at work will send and keep
     checkpoint-12/ledger.npy            all transfers so far
@@ -51,11 +51,20 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run between two rounds."""
+    """A run between two rounds.
+
+    Attributes:
+        server: after the round.
+        history: of all rounds.
+        ledger: their transfers.
+        first_local: the local tensors of a client that never trained: those of the model as it was
+            built, which a script without a seed builds otherwise next time.
+    """
 
     server: ServerState
     history: History
     ledger: Ledger
+    first_local: State
 
 
 def must_agree(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +139,7 @@ def _write(
     save_model(str(folder))
     server = checkpoint.server
     groups = {"params": server.params, "residual": server.residual}
+    groups["first_local"] = checkpoint.first_local
     groups.update({f"optimizer.{name}": state for name, state in server.optimizer.items()})
     rest = server.remainders
     for terms in rest.terms:
@@ -192,6 +202,7 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
         ledger = Ledger.load(folder / "ledger.npy")
         history = History(tuple(map(report_from_json, found["rounds"])))
         rest = _remainders(found.get("remainders"), groups)
+        first_local = groups.pop("first_local", {})
         server = ServerState(
             round=found["round"],
             params=groups.pop("params", {}),
@@ -206,7 +217,7 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
-    return Checkpoint(server, history, ledger)
+    return Checkpoint(server, history, ledger, first_local)
 
 
 def _remainders(found: Mapping[str, Any] | None, groups: dict[str, State]) -> Remainders:

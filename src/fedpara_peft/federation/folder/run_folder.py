@@ -20,7 +20,6 @@ from ..arguments import FederatedArguments
 from ..crew import Crew
 from ..data.fingerprint import differences, shown_differences
 from ..errors import ResumeError, RunFolderError
-from ..state import ServerState
 from .checkpoint import (
     Checkpoint,
     checkpoints,
@@ -112,32 +111,25 @@ class RunFolder:
         """Write ``settings.json``."""
         save_settings(self._path, dict(described))
 
-    def save(
-        self, server: ServerState, history: History, ledger: Ledger, model: nn.Module, best: int
-    ) -> None:
+    def save(self, checkpoint: Checkpoint, model: nn.Module, best: int) -> None:
         """Write a checkpoint and remove the oldest beyond ``save_total_limit``.
 
         Args:
-            server: the server after the round.
-            history: of all rounds.
-            ledger: their transfers.
+            checkpoint: the run after a round.
             model: the global model.
             best: the best round so far, whose checkpoint stays; 0: none is.
 
         Raises:
             RunFolderError: it cannot be written.
         """
-        after = self._kept(server.round, best)
+        after = self._kept(checkpoint.server.round, best)
         # The newest whole checkpoint and the best one stay while the next is written.
         staying = {*after, *self.saved[-1:], self._best}
         for number in self.saved:
             if number not in staying:
                 remove_checkpoint(self._path / f"checkpoint-{number}")
         save_checkpoint(
-            self._path,
-            Checkpoint(server, history, ledger),
-            self._facts,
-            lambda folder: write_model(model, folder),
+            self._path, checkpoint, self._facts, lambda folder: write_model(model, folder)
         )
         for number in self.saved:
             if number in staying and number not in after:
