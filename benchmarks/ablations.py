@@ -118,18 +118,18 @@ def text_of_products(rows: list[Row]) -> str:
 def choice(
     cell: Row,
     *,
-    c: int = PROCESSOR.one_pass,
+    c: int = PROCESSOR.weight_pass,
+    around: int = PROCESSOR.activation_pass,
     launches: int = PROCESSOR.launches,
     rows: bool = True,
     joins: bool = True,
     products: bool = True,
-    around: bool = True,
 ) -> bool:
     """The rule of maths/cost.py with parts of it left out; all: whether it takes the form."""
     p, d, f, r = cell["positions"], cell["dense"], cell["form"], cell["r"]
     joined = cell["joined"] and joins
     composing = (12 if cell["training"] else 4) * r if products else 0
-    beside = launches + (c * p * cell["features"] if around else 0)
+    beside = around * p * cell["features"] + launches
     if cell["training"]:
         form, applied = (6 * p + 2 * c) * f, 2 if joined else 6
     else:
@@ -141,7 +141,7 @@ def choice(
 RULES: dict[str, Callable[[Row], bool]] = {
     "the rule": choice,
     "without passes (c = 0)": lambda cell: choice(cell, c=0),
-    "without passes over activations (c P (M + N) = 0)": lambda cell: choice(cell, around=False),
+    "without passes over activations (a = 0)": lambda cell: choice(cell, around=0),
     "without launches (l = 0)": lambda cell: choice(cell, launches=0),
     "without few rows (min(1, P / r) = 1)": lambda cell: choice(cell, rows=False),
     "without joining (as if apart)": lambda cell: choice(cell, joins=False),

@@ -192,9 +192,9 @@ def test_the_rule_that_is_fitted_is_the_rule_that_is_used(gpu):
                     form = low_rank_form_is_cheaper(
                         positions=positions, dense=row["dense"], form=row["form"],
                         features=row["m"] + row["n"], r=r, training=training, joined=joined,
-                        costs=Costs(64, launches),
+                        costs=Costs(64, 32, launches),
                     )  # fmt: skip
-                    found = rule.chosen({**row, "joined": joined}, 64.0, launches)
+                    found = rule.chosen({**row, "joined": joined}, 64.0, 32.0, launches)
                     assert found == ("khatri_rao" if form else "compose")
 
 
@@ -205,11 +205,11 @@ def test_a_fit_finds_the_constants_that_times_were_made_of(gpu):
         for r in (2, 4, 8, 16):
             for size in (256, 1024, 4096):
                 row = linear_row(positions, 1, 1, r, size)
-                form, compose = rule.counted(row, 1024.0, 2.0**24)
+                form, compose = rule.counted(row, 1024.0, 64.0, 2.0**24)
                 cases.append(linear_row(positions, compose, form, r, size))
-    constants = rule.fitted(cases, [rule.PASS_COSTS, rule.LAUNCHES])
+    constants = rule.fitted(cases, [rule.PASS_COSTS, rule.ACTIVATIONS, rule.LAUNCHES])
     assert rule.judged(cases, lambda row: rule.chosen(row, *constants)) == (0, 0, 1)
-    mean, worst, close = rule.judged(cases, lambda row: rule.chosen(row, 64.0))
+    mean, worst, close = rule.judged(cases, lambda row: rule.chosen(row, 64.0, 64.0))
     assert mean > 0.01
     assert worst > 0.5
     assert close < 1

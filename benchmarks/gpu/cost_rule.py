@@ -43,20 +43,21 @@ def said(row: Row) -> str:
 
 
 def counted(
-    row: Row, pass_cost: float, launch: float = 0.0, wide: float = 1.0
+    row: Row, pass_cost: float, activation: float, launch: float = 0.0, wide: float = 1.0
 ) -> tuple[float, float]:
     """Operations of (form, compose) as ``maths/cost.py`` counts them.
 
     Args:
         row: a measured case.
-        pass_cost: what an entry costs beside its products.
+        pass_cost: what an entry of a weight or of the form costs beside its products.
+        activation: what an entry of an activation costs the form.
         launch: operations that the launches of a linear layer's form are worth.
         wide: what an operation of the form's narrow products costs, in units of a wide one's.
     """
     p, dense, form, r = row["positions"], row["dense"], row["form"], row["rank"]
     linear = row["table"] == "linear"
     features = row["m"] + row["n"] if linear else 2 * row["channels"]
-    around = pass_cost * p * features + (launch if linear else 0)
+    around = activation * p * features + (launch if linear else 0)
     if row["training"]:
         joined = 2 if row["joined"] else 6
         return (
@@ -91,6 +92,7 @@ def fitted(cases: Sequence[Row], grid: Sequence[Sequence[float]]) -> tuple[float
 
 
 PASS_COSTS = [2.0**k for k in range(0, 16)]
+ACTIVATIONS = [0, *(2.0**k for k in range(4, 12))]
 LAUNCHES = [0, *(2.0**k for k in range(18, 37))]
 WIDTHS = [1.0, 0.5, 0.7, 1.5, 2.0, 3.0, 4.0, 8.0]
 
@@ -107,9 +109,9 @@ def main() -> None:
     halves = cases[::2], cases[1::2]
     rules = {
         "as it is": [[cost] for cost in ACCELERATOR],
-        "pass cost": [PASS_COSTS],
-        "pass cost, launch": [PASS_COSTS, LAUNCHES],
-        "pass cost, launch, narrow": [PASS_COSTS, LAUNCHES, WIDTHS],
+        "pass costs": [PASS_COSTS, ACTIVATIONS],
+        "pass costs, launch": [PASS_COSTS, ACTIVATIONS, LAUNCHES],
+        "pass costs, launch, narrow": [PASS_COSTS[6:12], ACTIVATIONS, LAUNCHES[-6:], WIDTHS],
     }
     print("all together: rule, constants fitted on a half, on the other: mean, worst, within 3%")
     _print(halves, rules)

@@ -295,7 +295,7 @@ def cost(found: Sequence[Row]) -> list[str]:
               "mean loss of compose alone", "of khatri_rao alone"]  # fmt: skip
     text = [
         "What `compute_path=\"auto\"` takes, beside the faster of both ways, by medians. The loss "
-        "is the extra time, relative to the faster way. The rule's two constants were fitted to "
+        "is the extra time, relative to the faster way. The rule's constants were fitted to "
         f"these times (`cost_rule.py` fits them to a half and judges them on the other). {NOTE}",
         table(header, lines),
     ]  # fmt: skip

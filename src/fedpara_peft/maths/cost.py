@@ -8,20 +8,23 @@ from typing import NamedTuple
 class Costs(NamedTuple):
     """What is worth how many operations on a kind of device; measured, not derived.
 
+    Passes beside the products are bound by memory, so they count for more than they compute.
+
     Attributes:
-        one_pass: what an entry costs that is made or changed beside the products. It is bound by
-            memory, so it counts for more than it computes.
+        weight_pass: to make or change an entry of a weight or of the form.
+        activation_pass: what the form has to add of an activation.
         launches: that the form has more and smaller steps than composing.
     """
 
-    one_pass: int
+    weight_pass: int
+    activation_pass: int
     launches: int
 
 
 #: Of a CPU with AVX-512, on one thread; ``benchmarks/ablations.py`` shows what they are worth.
-PROCESSOR = Costs(96, 1 << 22)
+PROCESSOR = Costs(96, 96, 1 << 22)
 #: Of an H100 in bfloat16, TF32 and float32; see ``benchmarks/gpu/cost_rule.py``.
-ACCELERATOR = Costs(512, 1 << 34)
+ACCELERATOR = Costs(512, 128, 1 << 34)
 #: A kernel with a core is composed in as many steps as its form has.
 ACCELERATOR_KERNELS = ACCELERATOR._replace(launches=0)
 
@@ -40,10 +43,10 @@ def low_rank_form_is_cheaper(
     """Whether to apply the low-rank form rather than to compose the weight.
 
     Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
-    F = R (M + N) + R² K entries of the form, c and l the device's ``one_pass`` and ``launches``:
+    F = R (M + N) + R² K entries of the form, c, a and l what the device's passes and launches cost:
 
-        form       (6 P + 2 c) F + c P (M + N) + l                   training
-                   (2 P + 2 c min(1, P / r)) F + c P (M + N) + l     inference; by rows, few P
+        form       (6 P + 2 c) F + a P (M + N) + l                   training
+                   (2 P + 2 c min(1, P / r)) F + a P (M + N) + l     inference; by rows, few P
         compose    (12 r + c) D  training,    (4 r + c) D  inference
                    + 2 P D  training,  + 0    inference    joined: one product with W₀ + ΔW
                    + 6 P D  training,  + 2 P D inference   otherwise
@@ -58,7 +61,7 @@ def low_rank_form_is_cheaper(
         joined: whether the composed weight can be added to the base weight and applied with it.
         costs: the device's.
     """
-    c, around = costs.one_pass, costs.one_pass * positions * features + costs.launches
+    c, around = costs.weight_pass, costs.activation_pass * positions * features + costs.launches
     if training:
         composing = (12 * r + c) * dense + (2 if joined else 6) * positions * dense
         return (6 * positions + 2 * c) * form + around <= composing
