@@ -45,6 +45,24 @@ def test_an_exported_layer_takes_any_batch(kind, path, base):
             torch.testing.assert_close(found.module()(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("base", ["frozen", "replaced", "seeded"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_traced_layer_takes_any_batch_and_has_gradients(kind, path, base):
+    model = adapted(kind, base, path)
+    traced = torch.jit.trace(model, (batch(kind, 4),))
+    factors = [p for p in model.parameters() if p.requires_grad]
+    for n in (3, 300):
+        x = batch(kind, n)
+        found, expected = traced(x), model(x)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        own = torch.autograd.grad(found.square().sum(), factors)
+        right = torch.autograd.grad(expected.square().sum(), factors)
+        for one, other in zip(own, right, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-3)
+
+
 @pytest.mark.parametrize("base", ["frozen", "replaced", "seeded"])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", [kind for kind, (_, shape) in LAYERS.items() if shape])

@@ -106,7 +106,7 @@ def linear(
     if any(half.t is not None for half in halves):
         raise RankError("a half with a core is a convolution kernel, not a matrix: use conv stages")
     flat = x.reshape(-1, x.shape[-1])
-    few = not torch.is_grad_enabled() and not torch.compiler.is_exporting()  # for any batch size
+    few = not torch.is_grad_enabled() and not for_any_batch_size()
     few = few and flat.shape[0] <= halves[0].x.shape[1]
     if few or _is_transformed():
         with as_given(x.device):
@@ -230,9 +230,18 @@ class _KhatriRaoLinear(torch.autograd.Function):
         )
 
 
+def for_any_batch_size() -> bool:
+    """Whether operations are recorded, for inputs of other sizes than this one's."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def _is_transformed() -> bool:
-    """Whether per-sample gradients, vmap or forward-mode AD ask for plain operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether per-sample gradients, vmap, forward-mode AD or a trace ask for plain operations."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _pairs(factors: Sequence[Tensor]) -> list[Half]:

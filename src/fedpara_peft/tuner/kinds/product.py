@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...maths.apply import has_low_rank_form
+from ...maths.apply import for_any_batch_size, has_low_rank_form
 from ...maths.compose import Half
 from ...maths.cost import ACCELERATOR, PROCESSOR, Costs, low_rank_form_is_cheaper
 from ...maths.precision import autocast_dtype, output_dtype
@@ -78,7 +78,8 @@ class ProductLayer(AdditiveLayer):
         if self._recording is not None or not self._can_join(x, adapter_name):
             return None
         if self._takes_form(x, adapter_name, joined=True):
-            return self._apply_form_joined(x, adapter_name) if torch.is_grad_enabled() else None
+            pays = torch.is_grad_enabled() and not for_any_batch_size()
+            return self._apply_form_joined(x, adapter_name) if pays else None
         base_layer = self.get_base_layer()
         halves = self.halves(adapter_name)
         weight = self._compose(adapter_name, "weight", halves, base=base_layer.weight)
@@ -104,7 +105,7 @@ class ProductLayer(AdditiveLayer):
             return False
         if spec.compute_path == "khatri_rao":
             return True
-        if torch.compiler.is_exporting():  # one graph for any batch size
+        if for_any_batch_size():
             return False
         plan = spec.plans["weight"]
         return low_rank_form_is_cheaper(
