@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 from fedpara_peft import FederatedArguments, FederatedTrainer, FedParaConfig
 from fedpara_peft.maths import halves
-from fedpara_peft.maths.cost import PROCESSOR, low_rank_form_is_cheaper
+from fedpara_peft.maths.cost import LARGE, PROCESSOR, low_rank_form_is_cheaper
 from fedpara_peft.tuner.kinds.product import ProductLayer
 
 Row = dict[str, Any]
@@ -119,6 +119,7 @@ def choice(
     cell: Row,
     *,
     c: int = PROCESSOR.weight_pass,
+    large: int = PROCESSOR.large_weight_pass,
     around: int = PROCESSOR.activation_pass,
     launches: int = PROCESSOR.launches,
     rows: bool = True,
@@ -129,18 +130,20 @@ def choice(
     p, d, f, r = cell["positions"], cell["dense"], cell["form"], cell["r"]
     joined = cell["joined"] and joins
     composing = (12 if cell["training"] else 4) * r if products else 0
+    passes = large if d > LARGE else c
     beside = around * p * cell["features"] + launches
     if cell["training"]:
         form, applied = (6 * p + 2 * c) * f, 2 if joined else 6
     else:
         few = min(1.0, p / r) if rows else 1.0
         form, applied = (2 * p + 2 * c * few) * f, 0 if joined else 2
-    return bool(form + beside <= (composing + c + applied * p) * d)
+    return bool(form + beside <= (composing + passes + applied * p) * d)
 
 
 RULES: dict[str, Callable[[Row], bool]] = {
     "the rule": choice,
-    "without passes (c = 0)": lambda cell: choice(cell, c=0),
+    "without passes (c = 0)": lambda cell: choice(cell, c=0, large=0),
+    "large weights as others (C = c)": lambda cell: choice(cell, large=PROCESSOR.weight_pass),
     "without passes over activations (a = 0)": lambda cell: choice(cell, around=0),
     "without launches (l = 0)": lambda cell: choice(cell, launches=0),
     "without few rows (min(1, P / r) = 1)": lambda cell: choice(cell, rows=False),
@@ -150,7 +153,7 @@ RULES: dict[str, Callable[[Row], bool]] = {
     "always the form": lambda cell: True,
     "always compose": lambda cell: False,
 }
-WIDTHS, TOKENS, RANKS = (64, 256, 768, 2048), (1, 16, 64, 512), (4, 16, 32)
+WIDTHS, TOKENS, RANKS = (64, 256, 768, 2048, 4096), (1, 16, 64, 512), (4, 16, 32)
 #: Channels, pixels a side, kernel.
 KERNELS = ((8, 8, 3), (32, 8, 3), (64, 8, 3), (128, 4, 3), (256, 4, 3), (512, 2, 3), (64, 8, 1),
            (256, 4, 1))  # fmt: skip

@@ -192,7 +192,7 @@ def test_the_rule_that_is_fitted_is_the_rule_that_is_used(gpu):
                     form = low_rank_form_is_cheaper(
                         positions=positions, dense=row["dense"], form=row["form"],
                         features=row["m"] + row["n"], r=r, training=training, joined=joined,
-                        costs=Costs(64, 32, launches),
+                        costs=Costs(64, 64, 32, launches),
                     )  # fmt: skip
                     found = rule.chosen({**row, "joined": joined}, 64.0, 32.0, launches)
                     assert found == ("khatri_rao" if form else "compose")

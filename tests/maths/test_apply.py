@@ -203,11 +203,13 @@ def test_the_cost_rule_at_known_places():
     # an H100 composes that in less than it launches
     assert not rule(768, 768, 8, 64, costs=ACCELERATOR)
     assert not rule(64, 64, 4, 16)  # and so does a processor with a small layer
+    assert not rule(2048, 2048, 32, 512)
+    assert rule(4096, 4096, 32, 512)  # memory of that size is never at hand
     assert rule(768, 768, 8, 64)
     assert rule(4096, 4096, 8, 512, costs=ACCELERATOR)
     assert rule(4096, 4096, 32, 1, training=False)
     assert rule(4096, 4096, 8, 512, training=False)
-    assert not rule(4096, 4096, 32, 512, training=False)  # 1,024 columns, made at every pass
+    assert not rule(2048, 2048, 32, 512, training=False)  # 1,024 columns, made at every pass
     assert not rule(768, 768, 32, 512)
     assert rule(256, 784, 10, 10, joined=False)  # from scratch at a tiny batch
     assert not rule(256, 784, 32, 10, joined=False)  # building 1,024 columns costs more

@@ -12,19 +12,23 @@ class Costs(NamedTuple):
 
     Attributes:
         weight_pass: to make or change an entry of a weight or of the form.
+        large_weight_pass: the same for a weight of more than :data:`LARGE` entries.
         activation_pass: what the form has to add of an activation.
         launches: that the form has more and smaller steps than composing.
     """
 
     weight_pass: int
+    large_weight_pass: int
     activation_pass: int
     launches: int
 
 
+#: Memory of more than 32 MB is no allocator's of glibc: it comes fresh, page by page, every time.
+LARGE = 1 << 23
 #: Of a CPU with AVX-512, on one thread; ``benchmarks/ablations.py`` shows what they are worth.
-PROCESSOR = Costs(96, 96, 1 << 22)
+PROCESSOR = Costs(96, 768, 96, 1 << 22)
 #: Of an H100 in bfloat16, TF32 and float32; see ``benchmarks/gpu/cost_rule.py``.
-ACCELERATOR = Costs(512, 128, 1 << 34)
+ACCELERATOR = Costs(512, 512, 128, 1 << 34)
 #: A kernel with a core is composed in as many steps as its form has.
 ACCELERATOR_KERNELS = ACCELERATOR._replace(launches=0)
 
@@ -43,11 +47,12 @@ def low_rank_form_is_cheaper(
     """Whether to apply the low-rank form rather than to compose the weight.
 
     Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
-    F = R (M + N) + R² K entries of the form, c, a and l what the device's passes and launches cost:
+    F = R (M + N) + R² K entries of the form; c, C (of a large weight), a and l are what the
+    device's passes and launches cost:
 
         form       (6 P + 2 c) F + a P (M + N) + l                   training
                    (2 P + 2 c min(1, P / r)) F + a P (M + N) + l     inference; by rows, few P
-        compose    (12 r + c) D  training,    (4 r + c) D  inference
+        compose    (12 r + C) D  training,    (4 r + C) D  inference
                    + 2 P D  training,  + 0    inference    joined: one product with W₀ + ΔW
                    + 6 P D  training,  + 2 P D inference   otherwise
 
@@ -62,8 +67,9 @@ def low_rank_form_is_cheaper(
         costs: the device's.
     """
     c, around = costs.weight_pass, costs.activation_pass * positions * features + costs.launches
+    passes = costs.large_weight_pass if dense > LARGE else c
     if training:
-        composing = (12 * r + c) * dense + (2 if joined else 6) * positions * dense
+        composing = (12 * r + passes) * dense + (2 if joined else 6) * positions * dense
         return (6 * positions + 2 * c) * form + around <= composing
-    composing = (4 * r + c) * dense + (0 if joined else 2) * positions * dense
+    composing = (4 * r + passes) * dense + (0 if joined else 2) * positions * dense
     return (2 * positions + 2 * c * min(1.0, positions / r)) * form + around <= composing
