@@ -11,8 +11,9 @@ from scipy import optimize, stats
 from tests.federation.test_trainer import arguments, toy
 
 from fedpara_peft import ArgumentsError, FedAvg, FederatedTrainer, Scaffold, partition
-from fedpara_peft.federation.server.privacy import GaussianMechanism
+from fedpara_peft.federation.server.privacy import AdaptiveClip, GaussianMechanism
 from fedpara_peft.federation.server.sampling import sample_cohort
+from fedpara_peft.federation.state import ServerState
 
 
 def private(tmp_path, **changes):
@@ -142,6 +143,29 @@ def test_the_counts_noise_and_the_sums_together_tell_what_the_multiplier_allows(
     assert together == pytest.approx(0.8, rel=0.01)
     fixed = GaussianMechanism(private(tmp_path, dp_noise_multiplier=0.8), 100, 40, [])
     assert mechanism.epsilon(50) == fixed.epsilon(50)
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_client_more_moves_what_the_norm_follows_by_a_half(tmp_path, clipped):
+    """That is what the count's noise is for: with more, ε would be of another multiplier."""
+    adaptive = AdaptiveClip(private(tmp_path, clip_target_quantile=0.3, clip_count_std=2.0), 8)
+    server = ServerState(3, {}, clip_norm=1.0, noise_seed=5)
+    without = math.log(adaptive.next(server, 2, 5))
+    along = math.log(adaptive.next(server, 2 + (not clipped), 6))
+    # log C' = -η (b - γ), with η = 0.2 and b a sum over clients, divided by 8.
+    assert (without - along) * 8 / 0.2 == pytest.approx(-0.5 if clipped else 0.5)
+
+
+def test_clients_that_do_not_report_say_nothing_of_the_norm(tmp_path):
+    args = arguments(tmp_path, clip_update_norm=1e6, clip_target_quantile=0.5, num_rounds=12,
+                     drop_out_probability=0.4, eval_every=0)  # fmt: skip
+    history = FederatedTrainer(torch.nn.Linear(16, 4), args, partition(toy(), "iid", 6)).train()
+    reporting = [len(report.cohort) - len(report.dropped) for report in history]
+    assert len(set(reporting)) > 1
+    for report, then, count in zip(history, history[1:], reporting, strict=False):
+        share = 0.5 + count / 2 / (len(report.cohort) * 0.6)  # nobody was clipped
+        wanted = report.clip_norm * math.exp(-0.2 * (share - 0.5))
+        assert then.clip_norm == pytest.approx(wanted)
 
 
 def test_a_resumed_run_has_the_same_clipping_norms(tmp_path):

@@ -236,7 +236,9 @@ class RoundServer:
         flights = () if opened.late is None else opened.late.at_work
         after = opened.server.updated(next_round)
         adaptive = self._adaptive
-        clip = None if adaptive is None else adaptive.next(opened.server, updates.within)
+        clip = None
+        if adaptive is not None:
+            clip = adaptive.next(opened.server, updates.within, updates.count)
         after = dataclasses.replace(after, clock_s=opened.clock_s, flights=flights, clip_norm=clip)
         if opened.exact is not None:
             taken = {client: factors for client, (factors, _) in opened.factors.items()}

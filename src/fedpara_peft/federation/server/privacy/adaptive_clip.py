@@ -1,9 +1,10 @@
 """A clipping norm that follows a quantile of the updates' norms (arXiv:1905.03871).
 
-    C_{t+1} = C_t exp(-η (b_t - γ)),    b_t = (Σ_i [‖Δ_i‖ ≤ C_t] + N(0, σ²)) / m
+    C_{t+1} = C_t exp(-η (b_t - γ)),    b_t = 1/2 + (Σ_i ([‖Δ_i‖ ≤ C_t] - 1/2) + N(0, σ²)) / m
 
-so that in the long run a share γ of the updates is not clipped. With noise for privacy the count of
-those is noisy, too (σ), and both together must not tell more than the run's noise multiplier z
+so that in the long run a share γ of the updates is not clipped. Whoever sends nothing says neither:
+a client more or less moves the sum by 1/2, one in another's place by 1. With noise for privacy that
+sum is noisy, too (σ), and both together must not tell more than the run's noise multiplier z
 allows: the sum of updates then has the multiplier
 
     z_Δ = (z⁻² - (2σ)⁻²)^(-1/2)
@@ -53,22 +54,23 @@ class AdaptiveClip:
         """What a run's settings ask for; None: its norm is fixed."""
         return None if args.clip_target_quantile is None else cls(args, cohort_size)
 
-    def next(self, server: ServerState, within: int) -> float:
+    def next(self, server: ServerState, within: int, count: int) -> float:
         """C_{t+1}.
 
         Args:
             server: before the round.
             within: updates that were not longer than C_t.
+            count: all updates.
         """
         args = self._args
         assert server.clip_norm is not None
         assert args.clip_target_quantile is not None
-        count = float(within)
+        excess = within - count / 2
         if self._std:
             assert server.noise_seed is not None
             generator = torch_generator(server.noise_seed, server.round, "clipped")
             draw = torch.randn((), generator=generator, dtype=torch.float64)
-            count += self._std * float(draw)
-        share = count / self._expected
+            excess += self._std * float(draw)
+        share = excess / self._expected + 0.5
         step = args.clip_learning_rate * (share - args.clip_target_quantile)
         return server.clip_norm * math.exp(-step)
