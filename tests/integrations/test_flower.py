@@ -26,6 +26,7 @@ from fedpara_peft import (
     FederatedTrainer,
     History,
     LocalOnly,
+    PayloadError,
     ResumeError,
     RoundError,
     Scaffold,
@@ -36,7 +37,7 @@ from fedpara_peft.federation.folder.store import DiskStore
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from tests.comm.test_codec_of_ones_own import Signs
@@ -45,6 +46,7 @@ from tests.federation.test_local_loss import Moon
 from tests.integrations import flower_task as task
 
 from fedpara_peft.integrations.flower import client_app, server_app
+from fedpara_peft.integrations.flower.messages import introduction_record, read_introduction
 from fedpara_peft.integrations.report import write_report
 from fedpara_peft.integrations.run_folder import load_run
 
@@ -257,6 +259,11 @@ def with_payload(reply, change):
     return [reply]
 
 
+def with_another_record(reply):
+    reply.content["payload"] = ConfigRecord({"data": b"no array"})
+    return [reply]
+
+
 def with_metric(name, value):
     def change(reply):
         reply.content["metrics"][name] = value
@@ -283,6 +290,7 @@ FAULTS = {
     "cut": (lambda r: with_payload(r, lambda data: data[:-4]), "length"),
     "noise": (lambda r: with_payload(r, lambda data: b"\xff" * len(data)), "length"),
     "empty": (lambda r: with_payload(r, lambda data: b""), "length"),
+    "no array": (with_another_record, "malformed"),
     "examples": (with_metric("num_examples", 0), "malformed"),
     "loss": (with_metric("train_loss", float("nan")), "malformed"),
     "steps": (with_metric("steps", [0.0, 0.1]), "malformed"),
@@ -375,6 +383,13 @@ def frozen_model(seed):
     model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
     model[0].requires_grad_(False)
     return model
+
+
+def test_an_introduction_that_nests_without_end_is_none():
+    record = introduction_record(0, 3, {})
+    record["introduction"]["facts"] = "[" * 100_000
+    with pytest.raises(PayloadError, match="not an introduction"):
+        read_introduction(record)
 
 
 def test_nodes_with_another_frozen_base_stop_the_run_by_name(tmp_path):

@@ -21,6 +21,11 @@ from .jobs import Answer
 
 M = TypeVar("M")
 
+#: What reading a message may raise of which another made every part as it liked.
+UNREADABLE = (
+    AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError
+)  # fmt: skip
+
 #: Refusals of what came beside an answer.
 _BESIDE = ("duplicate",)
 

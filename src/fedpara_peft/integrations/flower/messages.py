@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..engine.answers import as_bytes, count, malformed, positive, steps
+from ..engine.answers import UNREADABLE, as_bytes, count, malformed, positive, steps
 from ..engine.jobs import Answer, Job
 
 #: Bytes in a record, not a NumPy file: nothing but a payload's own checks ever parses them.
@@ -54,7 +54,7 @@ def read_job(content: RecordDict) -> Job:
             cohort=tuple(map(count, secure.get("cohort", []))),
             message=as_bytes(secure.get("message", b"")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise malformed("job", error) from None
 
 
@@ -91,7 +91,7 @@ def read_answer(content: RecordDict) -> Answer:
             reason=str(facts["reason"]),
             message=str(facts["message"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise malformed("answer", error) from None
 
 
@@ -114,7 +114,7 @@ def read_introduction(content: RecordDict) -> tuple[int, int, dict[str, Any]]:
         if not isinstance(facts, dict):
             raise TypeError("facts are no object")
         return count(record["client"]), count(record["num_examples"]), facts
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise malformed("introduction", error) from None
 
 

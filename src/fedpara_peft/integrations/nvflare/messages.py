@@ -12,7 +12,7 @@ from typing import Any
 
 from nvflare.apis.shareable import Shareable
 
-from ..engine.answers import as_bytes, count, malformed, positive, steps
+from ..engine.answers import UNREADABLE, as_bytes, count, malformed, positive, steps
 from ..engine.jobs import Answer, Introduction, Job
 
 #: Names of the tasks.
@@ -44,7 +44,7 @@ def read_job(message: Mapping[str, Any]) -> Job:
             cohort=tuple(map(count, message["cohort"])),
             message=as_bytes(message["message"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise malformed("job", error) from None
 
 
@@ -70,7 +70,7 @@ def read_answer(message: Mapping[str, Any]) -> Answer:
             reason=str(message["reason"]),
             message=str(message["message"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise malformed("answer", error) from None
 
 
@@ -94,5 +94,5 @@ def read_introduction(message: Mapping[str, Any]) -> Introduction:
         if not found.num_examples:
             raise ValueError("it has no examples")
         return found
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise malformed("introduction", error) from None
