@@ -102,6 +102,24 @@ def test_a_clients_noise_is_of_the_multiplier_and_its_update_of_the_norm(tmp_pat
     assert exact.norm().item() == pytest.approx(0.5, rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["central", "local"])
+def test_both_parts_of_a_complex_number_have_the_noise_of_a_real_one(tmp_path, mode):
+    args = arguments(tmp_path, **LOCAL | {"dp_mode": mode})
+    given = {"a": torch.zeros(100_000, dtype=torch.complex64), "b": torch.full((1,), 1.0 - 2.0j)}
+    if mode == "local":
+        quiet = dataclasses.replace(args, dp_noise_multiplier=1e-9)
+        exact, noisy = (with_own_noise(update_of(**given), a, 4, 9).update for a in (quiet, args))
+        expected = (0.5 - 1.0j) / math.sqrt(5)  # of norm 0.5
+    else:
+        mechanisms = [GaussianMechanism(dataclasses.replace(args, dp_noise_multiplier=z), 4, 1, [])
+                      for z in (1e-9, 0.7)]  # fmt: skip
+        exact, noisy = (mechanism.add_noise(given, 1, 9, 4) for mechanism in mechanisms)
+        expected = 1.0 - 2.0j
+    assert exact["b"].item() == pytest.approx(expected, rel=1e-6)
+    for part in (noisy["a"].real, noisy["a"].imag):
+        assert part.std().item() == pytest.approx(0.7 * 0.5, rel=0.01)
+
+
 def test_noise_is_drawn_anew_for_every_client_round_tensor_and_run(tmp_path):
     args = arguments(tmp_path, **LOCAL)
     given = update_of(a=torch.zeros(50), b=torch.zeros(50))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ..maths.precision import as_real
 from .codecs import Codec, Identity
 from .errors import CodecError, PayloadError
 from .schema import Schema, TensorSchema, digest
@@ -137,7 +138,10 @@ class Format:
             round: number of the round it belongs to.
             generator: for stochastic codecs.
         """
-        plain = {str(i): _as_real(state[name].detach().cpu()) for i, name in enumerate(self._names)}
+        plain = {
+            str(i): as_real(state[name].detach().cpu()).contiguous()
+            for i, name in enumerate(self._names)
+        }
         coded = {position: plain.pop(position) for position in self._coded_positions}
         wire = {**plain, **self.codec.encode_state(coded, generator or torch.Generator())}
         data = (wire[n].contiguous().reshape(-1).view(torch.uint8) for n in self._order)
@@ -309,10 +313,3 @@ def is_finite(tensor: Tensor) -> bool:
     wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch cannot compute in eight bits
     # A finite norm says yes at a fraction of the cost; an infinite one may be an overflow.
     return math.isfinite(torch.linalg.vector_norm(wide)) or bool(torch.isfinite(wide).all())
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """A tensor of the wire: dense, complex numbers as pairs."""
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.resolve_conj()).contiguous()
-    return tensor.contiguous()

@@ -37,6 +37,17 @@ def wide(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double()
 
 
+def as_real(x: Tensor) -> Tensor:
+    """X itself, or of complex numbers both parts, in a last dimension of 2."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def from_real(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`as_real`, in the dtype and on the device of a tensor."""
+    found = x.to(like.dtype.to_real())
+    return (torch.view_as_complex(found) if like.is_complex() else found).to(like.device)
+
+
 def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a plain layer's product with x: autocast's, else x's.
 

@@ -13,7 +13,7 @@ import secrets
 import torch
 
 from ....comm.state import State
-from ....maths.precision import wide
+from ....maths.precision import as_real, from_real, wide
 from ...arguments import FederatedArguments
 from ...random import torch_generator
 from ...state import ClientUpdate
@@ -37,14 +37,16 @@ def with_own_noise(
     for name, exact in clipped(update.update, args.clip_update_norm).items():
         generator = torch_generator(seed, round, update.client, "own noise", name)
         noise = torch.randn(exact.shape, generator=generator, dtype=exact.dtype)
-        like = update.update[name]
-        noisy[name] = (exact + std * noise).to(like.dtype).to(like.device)
+        noisy[name] = from_real(exact + std * noise, update.update[name])
     return dataclasses.replace(update, update=noisy, train_loss=0.0)
 
 
 def clipped(state: State, norm: float) -> State:
-    """A state of norm at most so much, in 64 bits on the CPU; what is not finite stays so."""
-    exact = {name: wide(tensor.detach()).cpu() for name, tensor in state.items()}
+    """A state of norm at most so much, in real numbers of 64 bits on the CPU.
+
+    What is not finite stays so.
+    """
+    exact = {name: wide(as_real(tensor.detach())).cpu() for name, tensor in state.items()}
     norms = [torch.linalg.vector_norm(tensor) for tensor in exact.values()]
     length = float(torch.stack(norms).norm()) if norms else 0.0
     return exact if length <= norm else {n: t * (norm / length) for n, t in exact.items()}

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ....comm.state import State
-from ....maths.precision import wide
+from ....maths.precision import as_real, from_real, wide
 from ...arguments import FederatedArguments
 from ...errors import ArgumentsError
 from ...random import torch_generator
@@ -127,9 +127,9 @@ class GaussianMechanism:
         noisy = {}
         for name, tensor in mean.items():
             generator = torch_generator(seed, round, name)
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            sum_part = wide(tensor).cpu() * (count / self._expected)
-            noisy[name] = (sum_part + std * noise).to(tensor.dtype).to(tensor.device)
+            sum_part = wide(as_real(tensor)).cpu() * (count / self._expected)
+            noise = torch.randn(sum_part.shape, generator=generator, dtype=torch.float64)
+            noisy[name] = from_real(sum_part + std * noise, tensor)
         return noisy
 
     def epsilon(self, rounds: int) -> float:
