@@ -106,6 +106,33 @@ def test_settings_mean_the_same(tmp_path, stacked, settings):
         assert r.train_loss == pytest.approx(s.train_loss, rel=1e-3)
 
 
+class Spectral(nn.Module):
+    """Learns a filter in the frequency domain."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, 9, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (torch.fft.rfft(x)[:, None] * self.filter).abs().mean(-1)
+
+    def double(self):
+        return self  # which would drop the imaginary parts
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 0.05}, {"clip_update_norm": 0.1}])
+@pytest.mark.parametrize("strategy", [FedDyn(), FedAdam()])
+def test_complex_parameters_do(tmp_path, stacked, strategy, settings):
+    def build():
+        torch.manual_seed(0)
+        return Spectral()
+
+    one = run(tmp_path / "a", "sequential", build, strategy, **settings)
+    other = run(tmp_path / "b", "batched", build, strategy, **settings)
+    assert stacked
+    same(one, other)
+
+
 def test_clients_of_another_size_go_alone(tmp_path, stacked):
     whole = data(116)
     clients = [torch.utils.data.Subset(whole, range(i, i + n)) for i, n in

@@ -206,6 +206,20 @@ def second(strategy, v, square):
 @pytest.mark.parametrize(
     "strategy", [FedAdam(0.1, 0.8, 0.95, 0.01), FedYogi(0.1, 0.8, 0.95, 0.01), FedAdagrad(0.1)]
 )
+def test_adaptive_server_steps_take_a_complex_number_for_two_real_ones(strategy):
+    generator = torch.Generator().manual_seed(0)
+    whole = ServerState(0, {"w": torch.zeros(5, dtype=torch.complex64)})
+    parts = ServerState(0, {"w": torch.zeros(5, 2)})
+    for _ in range(4):
+        delta = torch.randn(5, 2, generator=generator)
+        whole = strategy.server_step(whole, CohortMean({"w": torch.view_as_complex(delta)}))
+        parts = strategy.server_step(parts, CohortMean({"w": delta}))
+        assert torch.equal(torch.view_as_real(whole.params["w"]), parts.params["w"])
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedAdam(0.1, 0.8, 0.95, 0.01), FedYogi(0.1, 0.8, 0.95, 0.01), FedAdagrad(0.1)]
+)
 def test_adaptive_server_steps_against_numpy(strategy):
     rng = np.random.default_rng(0)
     w = rng.standard_normal(6)

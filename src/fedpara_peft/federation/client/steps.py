@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...comm.state import State
+from ...maths.precision import as_real
 from ..arguments import FederatedArguments
 from ..errors import ArgumentsError, ClientDataError
 from ..strategies import Correction, LocalSteps
@@ -168,7 +169,7 @@ class Steps:
             scale = clip_scale(norm, bound)
             torch._foreach_mul_(found, scale)
             return scale
-        squares = [g.reshape(len(g), -1).square().sum(1) for g in found]
+        squares = [as_real(g).reshape(len(g), -1).square().sum(1) for g in found]
         scale = clip_scale(functools.reduce(torch.add, squares).sqrt(), bound)
         for grad in found:
             grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ...maths.precision import as_real, from_real
 from ..state import CohortMean, ServerState
 from .base import Strategy, advance, moment
 
@@ -17,6 +18,8 @@ class _Adaptive(Strategy):
     """Algorithm 2 of the paper, without bias correction.
 
         m ← β₁ m + (1 - β₁) Δ,   v by method,   w_{t+1} = w_t + η m / (√v + τ),   v₀ = τ²
+
+    Of a complex number both parts are entries of their own, as torch's optimizers have it.
 
     Attributes:
         server_learning_rate: η.
@@ -36,12 +39,12 @@ class _Adaptive(Strategy):
         """Move by the normalized first moment."""
         first, second, step = {}, {}, {}
         kept = moment(server, "second", self.tau**2)
-        for name, m in moment(server, "first").items():
-            delta = mean.update[name]
-            first[name] = self.beta1 * m + (1 - self.beta1) * delta
-            second[name] = self._second(kept[name], delta.square())
-            scale = second[name].sqrt() + self.tau
-            step[name] = self.server_learning_rate * first[name] / scale
+        for name, like in moment(server, "first").items():
+            delta = as_real(mean.update[name])
+            m = self.beta1 * as_real(like) + (1 - self.beta1) * delta
+            v = self._second(as_real(kept[name]), delta.square())
+            moved = self.server_learning_rate * m / (v.sqrt() + self.tau)
+            first[name], second[name], step[name] = (from_real(x, like) for x in (m, v, moved))
         optimizer = {"first": first, "second": second}
         return advance(server, step, optimizer)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...comm.state import State
+from ...maths.precision import as_real, from_real
 from ..arguments import FederatedArguments
 from ..data.loss import Loss
 from ..state import Broadcast, CohortMean, LocalSteps, ServerState
@@ -133,10 +134,14 @@ def advance(
 
 
 def moment(server: ServerState, name: str, start: float = 0.0) -> State:
-    """A server optimizer's running state of this name, ``start`` everywhere at first."""
+    """A server optimizer's running state of this name, ``start`` everywhere at first.
+
+    Of a complex number both parts are.
+    """
     kept = server.optimizer.get(name, {})
     return {
-        n: kept[n] if n in kept else torch.full_like(w, start) for n, w in server.params.items()
+        n: kept[n] if n in kept else from_real(torch.full_like(as_real(w), start), w)
+        for n, w in server.params.items()
     }
 
 

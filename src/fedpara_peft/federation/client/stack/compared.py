@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ....comm.state import State
-from ....maths.precision import wide
+from ....maths.precision import as_real, wide
 from ...data.loss import LossFunction, read_loss
 from ...precision import Precision
 from ..local import LocalTrainer
@@ -132,4 +132,4 @@ def _require_equal(alone: State, stacked: State) -> None:
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(wide(tensor).norm())
+    return float(wide(as_real(tensor)).norm())
