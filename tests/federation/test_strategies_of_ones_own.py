@@ -96,6 +96,34 @@ def flat(state):
 
 
 @dataclass(frozen=True)
+class Recalls(Strategy):
+    """Keeps the same tensors under several names: a mean of models and clients' first updates."""
+
+    def next_kept(self, broadcast, kept, update, extra, steps):
+        return {"first": kept.get("first", update), "last": update}
+
+    def server_step(self, server, mean):
+        after = advance(server, mean.update)
+        slow = server.optimizer.get("slow", after.params)
+        slow = {n: w if w is slow[n] else w.lerp(slow[n], 0.5) for n, w in after.params.items()}
+        return dataclasses.replace(after, optimizer={"slow": slow})
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_what_is_kept_under_several_names_is_written_and_read(tmp_path, store):
+    trainer(tmp_path / "a", Recalls(), client_store=store, save_every=1).train()
+    again = trainer(tmp_path / "a", Recalls(), client_store=store, num_rounds=5)
+    again.train(resume_from_checkpoint=True)
+    whole = trainer(tmp_path / "b", Recalls(), num_rounds=5)
+    whole.train()
+    for client in again.population.names:
+        one, other = (t.client_state(client).strategy for t in (again, whole))
+        assert all(torch.equal(t, other[g][n]) for g in one for n, t in one[g].items())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+
+
+@dataclass(frozen=True)
 class Krum(Strategy):
     """The update closest to its n - f - 2 nearest neighbours (Blanchard et al. 2017)."""
 

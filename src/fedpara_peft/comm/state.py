@@ -172,8 +172,20 @@ def save_tensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def join_groups(groups: Mapping[str, Mapping[str, Tensor]]) -> State:
-    """Several states as one, tensors named ``group/name``."""
-    return {f"{group}/{n}": t for group, state in groups.items() for n, t in state.items()}
+    """Several states as one to write down, tensors named ``group/name``.
+
+    Each is contiguous and in memory of its own, as safetensors asks for: of what shares another's,
+    a copy.
+    """
+    found: State = {}
+    held: set[tuple[torch.device, int]] = set()
+    for group, state in groups.items():
+        for name, tensor in state.items():
+            whole = tensor.contiguous()
+            memory = (whole.device, whole.untyped_storage().data_ptr())
+            found[f"{group}/{name}"] = whole.clone() if memory in held else whole
+            held.add(memory)
+    return found
 
 
 def split_groups(state: Mapping[str, Tensor]) -> dict[str, State]:

@@ -144,10 +144,9 @@ def _write(
     rest = server.remainders
     for terms in rest.terms:
         groups |= {f"terms.{terms.round}.{k}": state for k, state in enumerate(terms.states)}
-    tensors = {n: t.contiguous() for n, t in join_groups(groups).items()}
     flights, waiting = flights_to_saved(server.flights)
     try:
-        save_file(tensors, folder / "server.safetensors")
+        save_file(join_groups(groups), folder / "server.safetensors")
         if flights:
             save_file(join_groups(waiting), folder / _FLIGHTS)
     except SafetensorError as error:  # it says so of a full disk, too

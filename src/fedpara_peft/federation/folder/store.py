@@ -169,8 +169,7 @@ class DiskStore(ClientStore):
         }  # fmt: skip
         groups.update({f"strategy.{name}": kept for name, kept in state.strategy.items()})
         groups.update({f"optimizer.{part}": kept for part, kept in state.optimizer.items()})
-        tensors = join_groups(groups)
-        whole = {n: t.contiguous() for n, t in tensors.items()}
+        whole = join_groups(groups)
         save_file(whole, partial, {"digest": _digest(whole)})
         os.replace(partial, path)
         self._unsynced.append(path)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ...comm.payload import PayloadSize
 from ...comm.state import State
 from ..state import ClientState, ClientUpdate, Flight, LocalSteps, Outcome, Refused
@@ -33,14 +31,7 @@ def flights_to_saved(flights: Sequence[Flight]) -> tuple[list[dict[str, Any]], d
             parts |= {"local": kept.local, "residual": kept.residual}
             parts |= {f"strategy.{name}": state for name, state in kept.strategy.items()}
             parts |= {f"optimizer.{name}": state for name, state in kept.optimizer.items()}
-        # Copies: what a client keeps may be what it sends, and a file has no two names of a tensor.
-        groups |= {
-            f"{flight.client}.{part}": {
-                name: tensor.clone(memory_format=torch.contiguous_format)
-                for name, tensor in state.items()
-            }
-            for part, state in parts.items()
-        }
+        groups |= {f"{flight.client}.{part}": state for part, state in parts.items()}
         rows.append(
             {
                 "client": flight.client,
