@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpara_peft import CodecError, PayloadError
-from fedpara_peft.comm.codecs import Chain, codec_from_name
+from fedpara_peft.comm.codecs import Chain, TopK, codec_from_name
 from fedpara_peft.comm.feedback import encode_with_feedback
 from fedpara_peft.comm.payload import Format
 from fedpara_peft.comm.schema import schema_of
@@ -187,6 +187,15 @@ def test_error_feedback_keeps_exactly_what_was_lost(name):
         arrived += received["x"]
     torch.testing.assert_close(arrived + residual["x"], meant, atol=1e-9, rtol=0)
     assert residual["x"].norm() > 0
+
+
+@given(st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True))
+def test_every_fraction_has_a_name_of_its_own(one, other):
+    assert codec_from_name(str(TopK(one))) == TopK(one)
+    assert (str(TopK(one)) == str(TopK(other))) == (one == other)
+    assert [str(TopK(x)) for x in (1, 0.1, 1 / 3)] == [
+        "topk:1", "topk:0.1", "topk:0.3333333333333333"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["int7", "topk", "topk:0", "topk:1.5", "topk:x", "int8+", ""])

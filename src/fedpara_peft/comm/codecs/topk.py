@@ -88,7 +88,7 @@ class TopK(Codec):
         return math.ceil(self.fraction * numel)
 
     def __str__(self) -> str:
-        return f"topk:{self.fraction:g}"
+        return f"topk:{float(self.fraction)}".removesuffix(".0")
 
 
 def _as_mask(k: int, numel: int) -> bool:
