@@ -126,6 +126,9 @@ def test_both_ways_take_a_codec_and_nothing_else(tmp_path):
         FederatedArguments(Signs())
     with pytest.raises(CodecError, match=r"downlink_codec='topk:0\.5' drops entries"):
         trainer(tmp_path, "identity", downlink_codec=TopK(0.5))
+    with pytest.raises(CodecError, match=r"topk:0\.5 cannot come after a codec that sends 'x\.i'"):
+        codec_from_name("topk:0.3+float16+topk:0.5")
+    codec_from_name("topk:0.3+int8+topk:0.5")  # of int8's scale alone
     with pytest.raises(CodecError, match=r"fraction in \(0, 1\], got 2"):
         TopK(2)
 

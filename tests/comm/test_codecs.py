@@ -1,6 +1,7 @@
 """Codec laws: what travels has the promised length, and comes back within the promised error."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -196,6 +197,14 @@ def test_every_fraction_has_a_name_of_its_own(one, other):
     assert [str(TopK(x)) for x in (1, 0.1, 1 / 3)] == [
         "topk:1", "topk:0.1", "topk:0.3333333333333333"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["float16", "float16+int8"])
+def test_what_leaves_a_codecs_range_says_so(name):
+    state = {"x": torch.tensor([1.0, 1e5])}
+    form = Format(schema_of(state), codec_from_name(name))
+    with pytest.raises(PayloadError, match=f"or it is beyond what {re.escape(name)} holds"):
+        form.decode(form.encode(state).data)
 
 
 @pytest.mark.parametrize("name", ["int7", "topk", "topk:0", "topk:1.5", "topk:x", "int8+", ""])

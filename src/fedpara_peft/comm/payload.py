@@ -292,10 +292,11 @@ class Format:
     def _check_values(self, state: State) -> None:
         for name, tensor in state.items():
             if not is_finite(tensor):
+                beyond = "" if self.codec.lossless else f", or it is beyond what {self.codec} holds"
                 raise PayloadError(
                     "not_finite",
-                    f"{self._shown(name)} holds NaN or infinity; lower the learning rate or set "
-                    "max_grad_norm",
+                    f"{self._shown(name)} holds NaN or infinity{beyond}; lower the learning rate "
+                    "or set max_grad_norm",
                 )
             if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
                 raise PayloadError("malformed", f"{self._shown(name)} holds what is no truth value")

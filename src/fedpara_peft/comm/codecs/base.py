@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...maths.precision import wide
+from ..errors import CodecError
 from ..schema import Schema, TensorSchema
 from ..state import State
 
@@ -75,10 +76,20 @@ class Codec(ABC):
     # Whole states.
 
     def wire_schema(self, schema: Schema) -> Schema:
-        """The schema of what is sent for states of a schema."""
+        """The schema of what is sent for states of a schema.
+
+        Raises:
+            CodecError: two tensors of it would have one name.
+        """
         found: Schema = {}
         for name, entry in schema.items():
-            found.update(self.wire(name, entry) if entry.is_float else {name: entry})
+            made = self.wire(name, entry) if entry.is_float else {name: entry}
+            if twice := made.keys() & found.keys():
+                raise CodecError(
+                    f"{self} cannot come after a codec that sends {sorted(twice)[0]!r}, too: its "
+                    "own would replace it; leave one of them out"
+                )
+            found.update(made)
         return found
 
     def encode_state(self, state: State, generator: torch.Generator) -> State:
@@ -135,10 +146,14 @@ class Chain(Codec):
 
     Args:
         codecs: at least one.
+
+    Raises:
+        CodecError: one calls a tensor that it sends as one before it does.
     """
 
     def __init__(self, *codecs: Codec) -> None:
         self.codecs = codecs
+        self.wire("x", TensorSchema((1,), torch.float32))
 
     @property
     def dense(self) -> bool:
