@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import time
 
 import numpy as np
@@ -196,6 +197,22 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path):
     with pytest.raises(ResumeError, match=r"not a checkpoint \(trainer_state.json is missing"):
         trainer(tmp_path, Scaffold()).train(resume_from_checkpoint=tmp_path / "clients")
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_without_its_clients_is_not_resumed(tmp_path):
+    whole = trainer(tmp_path / "a", Scaffold())
+    whole.train()
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ResumeError, match=r"checkpoint-4 is not in output_dir=.*b, and what its"):
+        trainer(tmp_path / "b", Scaffold()).train(tmp_path / "a" / "checkpoint-4")
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "b", tmp_path / "b" / ".lock"}
+    shutil.copytree(tmp_path / "a" / "checkpoint-4", tmp_path / "c" / "checkpoint-4")
+    with pytest.raises(ResumeError, match=r"is damaged \(clients/client-\d\.round-\d.* is missing"):
+        trainer(tmp_path / "c", Scaffold()).train(resume_from_checkpoint=True)
+    shutil.copytree(tmp_path / "a", tmp_path / "d")
+    moved = trainer(tmp_path / "d", Scaffold())
+    moved.train(resume_from_checkpoint=tmp_path / "d" / "checkpoint-4")
+    assert same(final(moved), final(whole))
 
 
 def test_a_run_is_resumed_on_its_own_frozen_base_alone(tmp_path):

@@ -223,8 +223,8 @@ class FederatedTrainer:
 
         Args:
             resume_from_checkpoint: True continues from the newest checkpoint in ``output_dir``, or
-                starts afresh where there is none and says so; a path continues from that one, and
-                newer ones are removed.
+                starts afresh where there is none and says so; a path, which is in ``output_dir``,
+                continues from that one, and newer ones are removed.
 
         Returns:
             The history, also written to ``output_dir/history.json``; the settings are in

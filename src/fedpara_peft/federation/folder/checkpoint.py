@@ -7,7 +7,8 @@
     checkpoint-12/…                     the model, as ``save_model`` writes it
     checkpoint-12/manifest.json         a digest of each of these files
 
-Clients' states lie beside the checkpoints, by version (see ``store.py``).
+Clients' states lie beside the checkpoints, by version (see ``store.py``); a checkpoint names those
+that it needs.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from ..errors import ResumeError, RunFolderError
 from ..late.saved import flights_from_saved, flights_to_saved
 from ..state import Remainders, ServerState, Terms
 from .history import History, report_from_json, report_to_json
-from .store import sync
+from .store import kept_files, sync
 
 _FORMAT = 4
-_MANIFEST, _FLIGHTS = "manifest.json", "flights.safetensors"
+_MANIFEST, _FLIGHTS, _CLIENTS = "manifest.json", "flights.safetensors", "clients"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 #: Arguments that a resumed run may change.
@@ -165,6 +166,7 @@ def _write(
         "clock_s": server.clock_s,
         "flights": flights,
         "clip_norm": server.clip_norm,
+        _CLIENTS: kept_files(folder.parent / _CLIENTS, server.round),
         "settings": must_agree(facts),
         "rounds": [report_to_json(report) for report in checkpoint.history],
     }
@@ -244,6 +246,9 @@ def _state_of(folder: Path) -> dict[str, Any]:
         for name, digest in digests.items():
             if _file_digest(folder / name) != digest:
                 raise _damaged(folder, f"{name} is not what was written")
+        for name in found.get(_CLIENTS, ()):
+            if not (folder.parent / _CLIENTS / name).is_file():
+                raise _damaged(folder, f"{_CLIENTS}/{name} is missing")
     except FileNotFoundError as error:
         name = Path(error.filename).name
         if name in ("trainer_state.json", _MANIFEST):

@@ -219,6 +219,11 @@ class RunFolder:
         restore_replaced(self._path)
         found = checkpoints(self._path)
         if resume and resume is not True:
+            if Path(resume).absolute().parent.resolve() != self._path.resolve():
+                raise ResumeError(
+                    f"{resume} is not in output_dir={self._path}, and what its clients keep lies "
+                    "beside it: set output_dir to its folder, or to a copy of all of that"
+                )
             return Path(resume)
         if resume and found:
             return list(found.values())[-1]

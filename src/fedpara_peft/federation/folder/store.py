@@ -43,6 +43,21 @@ def file_key(name: Any) -> str:
     return f"{slug}.{hashlib.blake2b(repr(name).encode(), digest_size=6).hexdigest()}"
 
 
+def kept_files(folder: Path, version: int) -> list[str]:
+    """Names of a store's files that hold what clients keep at a version.
+
+    Args:
+        folder: the store's.
+        version: rounds completed.
+    """
+    newest: dict[str, int] = {}
+    for path in folder.glob("client-*"):
+        match = _FILE.fullmatch(path.name)
+        if match and int(match[2]) <= version:
+            newest[match[1]] = max(int(match[2]), newest.get(match[1], 0))
+    return sorted(f"client-{key}.round-{number}.safetensors" for key, number in newest.items())
+
+
 class ClientStore(ABC):
     """States of clients; a client that never trained has none."""
 
