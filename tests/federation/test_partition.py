@@ -1,5 +1,7 @@
 """Partitions cover the data once, follow their law and say what they cannot do."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,10 @@ from fedpara_peft import PartitionError, partition
 LABELS = np.repeat(np.arange(5), 40)
 DATA = TensorDataset(torch.arange(200.0), torch.tensor(LABELS))
 ROWS = Dataset.from_dict({"x": list(range(200)), "label": LABELS.tolist()})
+
+
+def labelled(*labels):
+    return Dataset.from_dict({"x": [0.0] * len(labels), "label": labels})
 
 
 def values(client):
@@ -115,9 +121,20 @@ def test_a_partitioner_of_another_library():
         partition(ROWS, halves, 2)
 
 
+@pytest.mark.parametrize("concentration", [1e12, 1e308, math.inf])
+@pytest.mark.parametrize("scheme", ["dirichlet", "quantity"])
+def test_the_largest_concentrations_are_even(scheme, concentration):
+    clients = partition(DATA, scheme, 4, concentration=concentration)
+    assert [len(client) for client in clients] == [50] * 4
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
+        (lambda: partition(DATA, "quantity", 3, min_examples=0), "min_examples of at least 1"),
+        (lambda: partition(labelled(0, None, 1), "dirichlet", 2), "cannot be told apart.*NoneType"),
+        (lambda: partition(labelled([0], [0, 1]), "classes_per_client", 2), "cannot be told apart"),
+        (lambda: partition(labelled(), "classes_per_client", 2), "0 examples cannot give 2"),
         (lambda: partition(DATA, "sorted", 3), "unknown scheme 'sorted': use one of"),
         (lambda: partition(DATA, "classes_per_client", 2, classes=2), "cannot hold all 5"),
         (lambda: partition(DATA, "classes_per_client", 9, classes=6), r"in \[1, 5\], got 6"),

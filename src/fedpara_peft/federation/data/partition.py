@@ -94,15 +94,20 @@ def labels_of(dataset: Any, label_column: str | None = None, labels: Any = None)
             found = _labels_of_rows(dataset, label_column)
     except ClientDataError as error:
         raise PartitionError(str(error)) from None
-    values = np.asarray(found.cpu() if isinstance(found, torch.Tensor) else list(found))
-    if values.shape == (len(dataset), 1):
-        values = values[:, 0]
-    if values.shape != (len(dataset),):
+    try:
+        values = np.asarray(found.cpu() if isinstance(found, torch.Tensor) else list(found))
+        codes = np.unique(values, return_inverse=True)[1]
+    except (TypeError, ValueError) as error:
+        raise PartitionError(
+            f"labels cannot be told apart ({error}): give one number or text per example, and "
+            "leave out those that have none"
+        ) from None
+    if values.shape not in ((len(dataset),), (len(dataset), 1)):
         raise PartitionError(
             f"labels have shape {values.shape}, the data set {len(dataset)} examples: give one "
             "label per example"
         )
-    return np.unique(values, return_inverse=True)[1]
+    return codes.reshape(-1)
 
 
 def _stored_labels(dataset: Any, label_column: str | None) -> Any:
@@ -176,8 +181,6 @@ def _dirichlet(
     label_column: str | None = None,
     labels: Sequence[Any] | None = None,
 ) -> Indices:
-    if not concentration > 0:
-        raise PartitionError(f"concentration must be positive, got {concentration}")
     codes = labels_of(dataset, label_column, labels)
     _check_enough(len(codes), num_clients, min_examples)
     owner = np.empty(len(codes), dtype=np.int64)
@@ -198,6 +201,7 @@ def _classes_per_client(
     labels: Sequence[Any] | None = None,
 ) -> Indices:
     codes = labels_of(dataset, label_column, labels)
+    _check_enough(len(codes), num_clients, 1)
     num_classes = int(codes.max()) + 1
     if not 1 <= classes <= num_classes:
         raise PartitionError(f"classes must be in [1, {num_classes}], got {classes}")
@@ -265,8 +269,6 @@ def _quantity(
     concentration: float = 0.5,
     min_examples: int = 1,
 ) -> Indices:
-    if not concentration > 0:
-        raise PartitionError(f"concentration must be positive, got {concentration}")
     _check_enough(len(dataset), num_clients, min_examples)
     order = rng.permutation(len(dataset))
     owner = np.empty(len(order), dtype=np.int64)
@@ -279,7 +281,9 @@ def _cuts(
     num_clients: int, concentration: float, members: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Where to cut the members so that the parts follow a draw from Dirichlet(concentration)."""
-    shares = rng.dirichlet(np.full(num_clients, concentration))
+    if not concentration > 0:
+        raise PartitionError(f"concentration must be positive, got {concentration}")
+    shares = rng.dirichlet(np.full(num_clients, min(concentration, 1e12)))  # equal from there on
     if not np.isfinite(shares).all():  # an underflow at tiny concentrations: one client has all
         shares = np.eye(num_clients)[rng.integers(num_clients)]
     return np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
@@ -330,9 +334,10 @@ def _split_by_owner(owner: np.ndarray, num_clients: int) -> Indices:
 
 
 def _check_enough(examples: int, num_clients: int, least: int) -> None:
-    if examples < num_clients * least:
+    if least < 1 or examples < num_clients * least:
         raise PartitionError(
-            f"{examples} examples cannot give {num_clients} clients {least} each: use fewer clients"
+            f"{examples} examples cannot give {num_clients} clients {least} each: use fewer "
+            "clients, and min_examples of at least 1"
         )
 
 
