@@ -215,6 +215,19 @@ def test_a_checkpoint_without_its_clients_is_not_resumed(tmp_path):
     assert same(final(moved), final(whole))
 
 
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_a_clients_damaged_state_stops_the_run(tmp_path, engine):
+    trainer(tmp_path, Scaffold(), engine=engine).train()
+    for path in (tmp_path / "clients").glob("*.round-*"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    again = trainer(tmp_path, Scaffold(), engine=engine, num_rounds=9)
+    with pytest.raises(ResumeError, match=r"client-\d.* is not what was written \(its digest"):
+        again.train(resume_from_checkpoint=True)
+    assert len(again.history) == 7
+
+
 def test_a_run_is_resumed_on_its_own_frozen_base_alone(tmp_path):
     def resumed(seed, rounds):
         torch.manual_seed(seed)

@@ -178,7 +178,9 @@ class Simulation:
             if client in ended:
                 train = functools.partial(self._local.end, *ended.pop(client))
             else:
-                train = functools.partial(self._alone, client, data, states, opened)
+                # Read here: a state that is damaged is the run's fault, and no client's failure.
+                state = states[client] if client in states else self._kept(client)
+                train = functools.partial(self._alone, client, data, state, opened)
             yield self._turns.take(
                 client, opened.number, train, keep,
                 encode=encode, seconds=shares.get(client, 0.0),
@@ -189,11 +191,10 @@ class Simulation:
         self,
         client: int,
         data: Mapping[int, Any],
-        states: Mapping[int, ClientState | None],
+        state: ClientState | None,
         opened: OpenRound,
     ) -> Any:
         own = data[client] if client in data else self._population.train[client]
-        state = states[client] if client in states else self._kept(client)
         return self._local.train(
             client, own, opened.number, opened.sent_to(client).broadcast, state, opened.resting
         )
