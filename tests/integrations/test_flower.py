@@ -336,6 +336,12 @@ def test_a_failing_client_counts_as_one_that_took_no_part(tmp_path, name, monkey
     assert_same_clients(tmp_path, trainer)
 
 
+@pytest.mark.parametrize("terms", [1e39, 1e300])
+def test_more_tokens_than_there_are_weigh_nothing(tmp_path, terms):
+    run(tmp_path, spoil=at(1, 1, with_metric("terms", terms)), client_weighting="tokens")
+    assert [report.refused for report in history(tmp_path)] == [(), ((1, "malformed"),), (), ()]
+
+
 def test_a_run_over_flower_leaves_what_a_simulation_leaves(tmp_path):
     """Settings, history, ledger, a model card with the run in it, and a report from them."""
     run(tmp_path, Scaffold(), save_every=2)

@@ -37,6 +37,9 @@ from .schedule import resting_factors
 
 logger = logging.getLogger(__name__)
 
+#: The most examples or tokens that a client may say it has: updates times so much stay finite.
+_MOST = 2**63
+
 
 class RoundServer:
     """Samples, broadcasts, takes updates in and steps.
@@ -173,13 +176,13 @@ class RoundServer:
         Raises:
             PayloadError: it is not what was agreed on, or may not be used.
         """
-        if num_examples < 1 or not math.isfinite(train_loss):
+        if not 1 <= num_examples <= _MOST or not math.isfinite(train_loss):
             raise PayloadError("malformed", f"{num_examples} examples, training loss {train_loss}")
         if self._strategy.sees_updates and steps is None:
             raise PayloadError("malformed", "it does not say how many steps it made")
         if self._args.client_weighting != "tokens":
             terms = None
-        elif terms is None or not 0 < terms < math.inf:
+        elif terms is None or not 0 < terms <= _MOST:
             raise PayloadError("malformed", f"it trained on {terms} tokens, as it says")
         ranks, level = opened.ranks, opened.ranks.level(client)
         layout = self._channel.layout("uplink", opened.server, opened.resting, level)
