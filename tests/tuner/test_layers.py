@@ -284,6 +284,16 @@ def test_recurrent_layers_keep_what_models_ask_of_them():
         assert weight is getattr(base, name)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_answers_for_what_models_read_of_the_plain_one(kind, mode):
+    """Whisper asks its convolutions for their stride, others an embedding for its padding row."""
+    plain = KINDS[kind][0]()
+    layer = build(kind, mode, ("fedpara", None)).base_model.model.layer
+    for name in getattr(plain, "__constants__", ()):
+        assert getattr(layer, name) == getattr(plain, name)
+
+
 def test_a_recurrent_layer_composes_once_a_forward(monkeypatch):
     import fedpara_peft.tuner.layer.base as module
 

@@ -101,6 +101,10 @@ class FedParaLayer(
         self._recording: tuple[str, dict[str, ComposedWeight]] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, plans=plans, alpha=alpha)
+        plain = self.get_base_layer()
+        for name in getattr(plain, "__constants__", ()):  # models ask for a stride, a padding_idx
+            if not hasattr(self, name) and hasattr(plain, name):
+                setattr(self, name, getattr(plain, name))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A forward of its own owes answers of its own: another kind's would be of its forward."""
