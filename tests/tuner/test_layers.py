@@ -26,7 +26,7 @@ from tests.layer_kinds import (
 from tests.zoo import randomize
 from torch import nn
 
-from fedpara_peft import FedParaConfig, FedParaLayer, fedpara_summary
+from fedpara_peft import FedParaConfig, FedParaLayer, UnsupportedLayerError, fedpara_summary
 from fedpara_peft.maths.compose import compose
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06}
@@ -292,6 +292,18 @@ def test_a_layer_answers_for_what_models_read_of_the_plain_one(kind, mode):
     layer = build(kind, mode, ("fedpara", None)).base_model.model.layer
     for name in getattr(plain, "__constants__", ()):
         assert getattr(layer, name) == getattr(plain, name)
+
+
+@pytest.mark.parametrize("mixed", [{}, {"adapter_names": ["default"] * 3}])
+def test_a_layer_that_returns_no_tensor_is_refused(mixed):
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).topk(2)
+
+    config = FedParaConfig(r=2, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(Router(12, 20)), config).eval()
+    with pytest.raises(UnsupportedLayerError, match="Router returns a topk, to which no ΔW"):
+        model(torch.randn(3, 12), **mixed)
 
 
 def test_a_recurrent_layer_composes_once_a_forward(monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedLayerError
 from ..layer import FedParaLayer
+from ..layer.mixed_batch import BASE, check_names
 
 
 class AdditiveLayer(FedParaLayer):
@@ -40,7 +43,7 @@ class AdditiveLayer(FedParaLayer):
             return self._forward_replaced(x, next(iter(self.specs)))
         if len(adapters) == 1 and (joined := self._forward_joined(x, adapters[0])) is not None:
             return joined
-        result = self.base_layer(x, *args, **kwargs)
+        result = self._base_output(x, *args, **kwargs)
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -55,3 +58,34 @@ class AdditiveLayer(FedParaLayer):
     def _forward_joined(self, x: Tensor, adapter_name: str) -> Tensor | None:
         """Base layer and adapter in one, None where they must stay apart."""
         return None
+
+    def _forward_mixed(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
+    ) -> Tensor:
+        """The base layer's output, and on each sample's the ΔW of that sample's adapter."""
+        check_names(self, adapter_names, self._batch_size(x))
+        result = self._base_output(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name != BASE and name in self.specs:
+                at = [i for i, other in enumerate(adapter_names) if other == name]
+                index = torch.tensor(at, device=result.device)
+                part = self._with_delta(result[index], x[index.to(x.device)], name)
+                result = result.index_copy(0, index, part.to(result.dtype))
+        return result
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if not isinstance(result, Tensor):
+            raise UnsupportedLayerError(
+                f"{type(self.get_base_layer()).__name__} returns a {type(result).__name__}, to "
+                "which no ΔW can be added (a router of experts?): put it into exclude_modules"
+            )
+        return result
+
+    def _batch_size(self, x: Any) -> int | None:
+        """Samples in an input, None where it is not batched."""
+        return int(x.shape[0]) if x.dim() > 1 else None
+
+    def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """``result`` with what one adapter adds to it."""
+        raise NotImplementedError

@@ -22,7 +22,7 @@ from ..plan import WeightPlan, WeightShape
 from .dropout import chance, inverted_mask
 from .factors import FactorHolder
 from .merged import MergedLayer
-from .mixed_batch import BASE, UnreadableWeight, check_names
+from .mixed_batch import UnreadableWeight
 from .remainder import REMAINDER_CONTAINER, RemainderLayer
 from .scaled import ScaledLayer
 from .seeded import SeededLayer
@@ -308,28 +308,6 @@ class FedParaLayer(
 
     def _adapters_to_run(self) -> list[str]:
         return self._kept(self._unmerged())
-
-    def _forward_mixed(
-        self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
-    ) -> Tensor:
-        """The base layer's output, and on each sample's the ΔW of that sample's adapter."""
-        check_names(self, adapter_names, self._batch_size(x))
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name != BASE and name in self.specs:
-                at = [i for i, other in enumerate(adapter_names) if other == name]
-                index = torch.tensor(at, device=result.device)
-                part = self._with_delta(result[index], x[index.to(x.device)], name)
-                result = result.index_copy(0, index, part.to(result.dtype))
-        return result
-
-    def _batch_size(self, x: Any) -> int | None:
-        """Samples in an input, None where it is not batched."""
-        return int(x.shape[0]) if x.dim() > 1 else None
-
-    def _with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """``result`` with what one adapter adds to it."""
-        raise NotImplementedError
 
     # Private.
 
