@@ -75,6 +75,13 @@ def test_abba_starts_as_far_as_lora(r, optimizer):
     assert 0.5 < ratio < 2
 
 
+@pytest.mark.parametrize(("optimizer", "times"), [(torch.optim.SGD, 290), (torch.optim.Adam, 17)])
+def test_pefts_loha_starts_as_far_as_the_pages_say(optimizer, times):
+    loha = LoHaConfig(r=16, alpha=16, target_modules=["0"])
+    layer = lambda: nn.Linear(1024, 128, bias=False)  # noqa: E731
+    assert 1 / ratio_to_lora(loha, layer, 16, optimizer, draws=3) == pytest.approx(times, rel=0.1)
+
+
 @pytest.mark.parametrize("start", [True, "loha", "lycoris", "abba"])
 @pytest.mark.parametrize("layer", [nn.Linear(24, 30), nn.Conv2d(6, 9, 3), nn.Embedding(20, 12)])
 def test_every_named_start_is_the_identity_and_leaves_it(start, layer):
