@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from fedpara_peft import FedParaConfig
+from fedpara_peft import ArgumentsError, FederatedArguments, FederatedTrainer, FedParaConfig
 from fedpara_peft.tuner.scope import tensor_scopes
 
 pytestmark = [  # PEFT's
@@ -115,6 +115,41 @@ def test_a_merged_weight_does_not_train(base):
     assert len(trained) == 4
     plain = model.merge_and_unload()
     assert plain[0].weight.requires_grad is (base != "frozen")
+
+
+LORA = LoraConfig(r=2, target_modules=["0"])
+LOHA = LoHaConfig(r=2, target_modules=["0"])
+
+
+@pytest.mark.parametrize("adapter", [LORA, LOHA, "replaced", "seeded", "frozen"])
+def test_a_federation_of_a_merged_model_is_refused(adapter, tmp_path):
+    """It would send factors that never change."""
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2))
+    ours = isinstance(adapter, str)
+    model = adapted(net, adapter, PLAIN, ["0"]) if ours else get_peft_model(net, adapter)
+    data = [[(torch.randn(32), 0), (torch.randn(32), 1)]]
+    args = FederatedArguments(tmp_path, num_rounds=1, disable_tqdm=True)
+    trainer = FederatedTrainer(model, args, data)
+    model.merge_adapter()
+    with pytest.raises(ArgumentsError, match=r"base_model.model.0.* is merged into its weight"):
+        trainer.train()
+    model.unmerge_adapter()
+    assert len(trainer.train()) == 1
+
+
+def test_an_adapter_trains_over_another_that_is_merged(tmp_path):
+    model = adapted(nn.Sequential(nn.Linear(32, 2)), "frozen", PLAIN, ["0"]).float()
+    model.add_adapter("other", FedParaConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+    model.set_requires_grad("default", False)
+    model.merge_adapter(["default"])
+    args = FederatedArguments(tmp_path, num_rounds=1, disable_tqdm=True)
+    trainer = FederatedTrainer(model, args, [[(torch.randn(32), 0), (torch.randn(32), 1)]])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert all(".other." in name for name in changed)
 
 
 @pytest.mark.parametrize("base", ["replaced", "seeded", "frozen"])

@@ -12,12 +12,14 @@ from torch import nn
 
 from ..comm.ledger import Ledger
 from ..tuner.card import note_training
+from ..tuner.scope import merged_but_trainable
 from .arguments import FederatedArguments
 from .backend import Backend
 from .client.evaluation import over_clients
 from .client.local import LocalTrainer
 from .crew import Crew
 from .data.metrics import higher_is_better
+from .errors import ArgumentsError
 from .folder.checkpoint import Checkpoint
 from .folder.facts import training_facts
 from .folder.history import History
@@ -111,10 +113,15 @@ class Run:
             resume: see :meth:`~.trainer.FederatedTrainer.train`.
 
         Raises:
+            ArgumentsError: the model is merged.
             RoundError: too few updates of a round can be used.
             ResumeError: the checkpoint is of another run, or starting afresh would overwrite one.
             RunFolderError: the folder cannot be written, or another run has it.
         """
+        if (factor := merged_but_trainable(self.model)) is not None:
+            raise ArgumentsError(
+                f"{factor} is merged into its weight and would not train: unmerge_adapter() first"
+            )
         with self._folder.held(self._crew):
             self._start(resume)
             return self._trained()

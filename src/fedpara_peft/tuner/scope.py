@@ -107,6 +107,18 @@ def hold_remainders(model: nn.Module) -> None:
             config.remainder = True
 
 
+def merged_but_trainable(model: nn.Module) -> str | None:
+    """A trainable factor, of any tuner, that is merged into its weight: no gradient reaches it."""
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            for name, parameter in layer.named_parameters():
+                container, adapter = [*name.split("."), ""][:2]
+                ours = container in layer.adapter_layer_names and adapter in layer.merged_adapters
+                if ours and parameter.requires_grad:
+                    return f"{prefix}.{name}"
+    return None
+
+
 def trains_base(model: nn.Module) -> bool:
     """Whether the model trains as a whole: a plain model, or one trained from scratch."""
     tuners = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
