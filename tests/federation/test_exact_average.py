@@ -117,7 +117,7 @@ def test_without_it_the_mean_is_another(tmp_path: Any) -> None:
 def test_the_bias_stays_nothing_over_rounds_in_single_precision(tmp_path: Any) -> None:
     args = arguments(tmp_path, num_rounds=12, report_averaging_bias=True)
     history = FederatedTrainer(net().float(), args, clients()).train()
-    assert max(report.averaging_bias for report in history) <= 1e-6
+    assert max(report.averaging_bias for report in history) <= 4e-6  # some thirty of its roundings
 
 
 def test_a_saved_adapter_has_its_remainder(tmp_path: Any) -> None:
