@@ -115,9 +115,10 @@ def test_without_it_the_mean_is_another(tmp_path: Any) -> None:
 
 
 def test_the_bias_stays_nothing_over_rounds_in_single_precision(tmp_path: Any) -> None:
-    args = arguments(tmp_path, num_rounds=12, report_averaging_bias=True)
+    # At a rate of 0.3 a weight may grow a hundredfold and stop: its roundings then outweigh change.
+    args = arguments(tmp_path, num_rounds=12, learning_rate=0.1, report_averaging_bias=True)
     history = FederatedTrainer(net().float(), args, clients()).train()
-    assert max(report.averaging_bias for report in history) <= 4e-6  # some thirty of its roundings
+    assert max(report.averaging_bias for report in history) <= 1e-6
 
 
 def test_a_saved_adapter_has_its_remainder(tmp_path: Any) -> None:
