@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 from fedpara_peft import FederatedArguments, FederatedTrainer, FedParaConfig
 from fedpara_peft.maths import halves
-from fedpara_peft.maths.cost import LARGE, PROCESSOR, low_rank_form_is_cheaper
+from fedpara_peft.maths.cost import PROCESSOR, operations
 from fedpara_peft.tuner.kinds.product import ProductLayer
 
 Row = dict[str, Any]
@@ -115,36 +115,37 @@ def text_of_products(rows: list[Row]) -> str:
 # The cost rule.
 
 
+#: What the rule looks at.
+KNOWN = ("positions", "dense", "form", "features", "r", "training", "joined")
+
+
 def choice(
     cell: Row,
     *,
-    c: int = PROCESSOR.weight_pass,
-    large: int = PROCESSOR.large_weight_pass,
-    around: int = PROCESSOR.activation_pass,
-    launches: int = PROCESSOR.launches,
     rows: bool = True,
     joins: bool = True,
     products: bool = True,
+    **changed: int,
 ) -> bool:
     """The rule of maths/cost.py with parts of it left out; all: whether it takes the form."""
-    p, d, f, r = cell["positions"], cell["dense"], cell["form"], cell["r"]
-    joined = cell["joined"] and joins
-    composing = (12 if cell["training"] else 4) * r if products else 0
-    passes = large if d > LARGE else c
-    beside = around * p * cell["features"] + launches
-    if cell["training"]:
-        form, applied = (6 * p + 2 * c) * f, 2 if joined else 6
-    else:
-        few = min(1.0, p / r) if rows else 1.0
-        form, applied = (2 * p + 2 * c * few) * f, 0 if joined else 2
-    return bool(form + beside <= (composing + passes + applied * p) * d)
+    costs = PROCESSOR._replace(**changed)
+    known = {name: cell[name] for name in KNOWN}
+    form, compose = operations(**{**known, "joined": cell["joined"] and joins}, costs=costs)
+    p, r, training = cell["positions"], cell["r"], cell["training"]
+    if not rows and not training:
+        form += 2 * costs.weight_pass * (1 - min(1.0, p / r)) * cell["form"]
+    if not products:
+        compose -= (12 if training else 4) * r * cell["dense"]
+    return form <= compose
 
 
 RULES: dict[str, Callable[[Row], bool]] = {
     "the rule": choice,
-    "without passes (c = 0)": lambda cell: choice(cell, c=0, large=0),
-    "large weights as others (C = c)": lambda cell: choice(cell, large=PROCESSOR.weight_pass),
-    "without passes over activations (a = 0)": lambda cell: choice(cell, around=0),
+    "without passes (c = 0)": lambda cell: choice(cell, weight_pass=0, large_weight_pass=0),
+    "large weights as others (C = c)": lambda cell: choice(
+        cell, large_weight_pass=PROCESSOR.weight_pass
+    ),
+    "without passes over activations (a = 0)": lambda cell: choice(cell, activation_pass=0),
     "without launches (l = 0)": lambda cell: choice(cell, launches=0),
     "without few rows (min(1, P / r) = 1)": lambda cell: choice(cell, rows=False),
     "without joining (as if apart)": lambda cell: choice(cell, joins=False),
@@ -194,7 +195,6 @@ def of_cost(seconds: float, quick: bool) -> list[Row]:
             "training": training,
             "joined": base == "frozen",
         }
-        assert choice(cell) == low_rank_form_is_cheaper(**cell, costs=PROCESSOR)
         size = {"kind": kind, "width": width, "kernel": list(plan.shape.kernel)}
         rows.append({**cell, **size, "base": base, **shortest(ways, seconds)})
     return rows

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpara_peft.maths.cost import ACCELERATOR
+from fedpara_peft.maths.cost import ACCELERATOR, Costs, operations
 
 Row = dict[str, Any]
 OF_ACCELERATORS = (ACCELERATOR.weight_pass, ACCELERATOR.activation_pass, ACCELERATOR.launches)
@@ -55,21 +55,15 @@ def counted(
         launch: operations that the launches of a linear layer's form are worth.
         wide: what an operation of the form's narrow products costs, in units of a wide one's.
     """
-    p, dense, form, r = row["positions"], row["dense"], row["form"], row["rank"]
     linear = row["table"] == "linear"
-    features = row["m"] + row["n"] if linear else 2 * row["channels"]
-    around = activation * p * features + (launch if linear else 0)
-    if row["training"]:
-        joined = 2 if row["joined"] else 6
-        return (
-            (6 * p * wide + 2 * pass_cost) * form + around,
-            (12 * r + pass_cost) * dense + joined * p * dense,
-        )
-    joined = 0 if row["joined"] else 2
-    return (
-        (2 * p * wide + 2 * pass_cost * min(1.0, p / r)) * form + around,
-        (4 * r + pass_cost) * dense + joined * p * dense,
-    )
+    p, training = row["positions"], row["training"]
+    form, compose = operations(
+        positions=p, dense=row["dense"], form=row["form"], r=row["rank"],
+        features=row["m"] + row["n"] if linear else 2 * row["channels"],
+        training=training, joined=row["joined"],
+        costs=Costs(pass_cost, pass_cost, activation, launch if linear else 0),
+    )  # fmt: skip
+    return form + (6 if training else 2) * p * (wide - 1) * row["form"], compose
 
 
 def chosen(row: Row, *constants: float) -> str:

@@ -1,4 +1,4 @@
-"""Which way of applying a factorized weight is cheaper, from counted operations."""
+"""What each way of applying a factorized weight costs, in counted operations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACCELERATOR = Costs(512, 512, 128, 1 << 34)
 ACCELERATOR_KERNELS = ACCELERATOR._replace(launches=0)
 
 
-def low_rank_form_is_cheaper(
+def operations(
     *,
     positions: int,
     dense: int,
@@ -43,10 +43,10 @@ def low_rank_form_is_cheaper(
     training: bool,
     joined: bool,
     costs: Costs,
-) -> bool:
-    """Whether to apply the low-rank form rather than to compose the weight.
+) -> tuple[float, float]:
+    """Operations of the low-rank form, and of composing the weight.
 
-    Operations beyond those of the frozen base layer, P positions, D = M N K entries of the weight,
+    Beyond those of the frozen base layer, for P positions, D = M N K entries of the weight,
     F = R (M + N) + R² K entries of the form; c, C (of a large weight), a and l are what the
     device's passes and launches cost:
 
@@ -70,6 +70,6 @@ def low_rank_form_is_cheaper(
     passes = costs.large_weight_pass if dense > LARGE else c
     if training:
         composing = (12 * r + passes) * dense + (2 if joined else 6) * positions * dense
-        return (6 * positions + 2 * c) * form + around <= composing
+        return (6 * positions + 2 * c) * form + around, composing
     composing = (4 * r + passes) * dense + (0 if joined else 2) * positions * dense
-    return (2 * positions + 2 * c * min(1.0, positions / r)) * form + around <= composing
+    return (2 * positions + 2 * c * min(1.0, positions / r)) * form + around, composing

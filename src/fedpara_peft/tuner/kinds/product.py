@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...maths.apply import for_any_batch_size, has_low_rank_form
 from ...maths.compose import Half
-from ...maths.cost import ACCELERATOR, PROCESSOR, Costs, low_rank_form_is_cheaper
+from ...maths.cost import ACCELERATOR, PROCESSOR, Costs, operations
 from ...maths.precision import autocast_dtype, output_dtype
 from ..errors import UnsupportedLayerError
 from ..hooks import has_hooks
@@ -108,7 +108,7 @@ class ProductLayer(AdditiveLayer):
         if for_any_batch_size():
             return False
         plan = spec.plans["weight"]
-        return low_rank_form_is_cheaper(
+        by_form, by_composing = operations(
             positions=self._positions(x),
             dense=plan.shape.numel,
             form=plan.form_parameters,
@@ -118,6 +118,7 @@ class ProductLayer(AdditiveLayer):
             joined=joined,
             costs=PROCESSOR if x.device.type == "cpu" else self.costs_on_accelerators,
         )
+        return by_form <= by_composing
 
     def _can_join(self, x: Tensor, adapter_name: str) -> bool:
         """Whether W₀ + ΔW may stand for both: a plain float weight whose layer nobody watches."""
