@@ -18,7 +18,7 @@ from .data.fingerprint import population_facts
 from .data.population import Population
 from .errors import about
 from .folder.history import History
-from .folder.store import ClientStore, DiskStore, MemoryStore
+from .folder.store import CLIENTS, ClientStore, DiskStore, MemoryStore
 from .server.admission import usable_state
 from .server.opened import OpenRound
 from .server.ranks import ClientRanks
@@ -223,7 +223,7 @@ class Simulation:
         return self._ranks.own(found, local.first_local, client)
 
     def _disk(self) -> DiskStore:
-        return DiskStore(Path(self._args.output_dir) / "clients", self.names)
+        return DiskStore(Path(self._args.output_dir) / CLIENTS, self.names)
 
     def _opened(self) -> ClientStore:
         wanted = self._args.client_store

@@ -232,7 +232,12 @@ class _KhatriRaoLinear(torch.autograd.Function):
 
 def for_any_batch_size() -> bool:
     """Whether operations are recorded, for inputs of other sizes than this one's."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() or _is_traced()
+
+
+def _is_traced() -> bool:
+    """Whether ``torch.jit.trace`` is at work."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _is_transformed() -> bool:
@@ -240,7 +245,7 @@ def _is_transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _is_traced()
     )
 
 

@@ -34,10 +34,10 @@ from ..errors import ResumeError, RunFolderError
 from ..late.saved import flights_from_saved, flights_to_saved
 from ..state import Remainders, ServerState, Terms
 from .history import History, report_from_json, report_to_json
-from .store import kept_files, sync
+from .store import CLIENTS, kept_files, sync
 
 _FORMAT = 4
-_MANIFEST, _FLIGHTS, _CLIENTS = "manifest.json", "flights.safetensors", "clients"
+_MANIFEST, _FLIGHTS = "manifest.json", "flights.safetensors"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 #: Arguments that a resumed run may change.
@@ -139,8 +139,9 @@ def _write(
 ) -> None:
     save_model(str(folder))
     server = checkpoint.server
-    groups = {"params": server.params, "residual": server.residual}
-    groups["first_local"] = checkpoint.first_local
+    groups = {
+        "params": server.params, "residual": server.residual, "first_local": checkpoint.first_local
+    }  # fmt: skip
     groups.update({f"optimizer.{name}": state for name, state in server.optimizer.items()})
     rest = server.remainders
     for terms in rest.terms:
@@ -166,7 +167,7 @@ def _write(
         "clock_s": server.clock_s,
         "flights": flights,
         "clip_norm": server.clip_norm,
-        _CLIENTS: kept_files(folder.parent / _CLIENTS, server.round),
+        CLIENTS: kept_files(folder.parent / CLIENTS, server.round),
         "settings": must_agree(facts),
         "rounds": [report_to_json(report) for report in checkpoint.history],
     }
@@ -246,9 +247,9 @@ def _state_of(folder: Path) -> dict[str, Any]:
         for name, digest in digests.items():
             if _file_digest(folder / name) != digest:
                 raise _damaged(folder, f"{name} is not what was written")
-        for name in found.get(_CLIENTS, ()):
-            if not (folder.parent / _CLIENTS / name).is_file():
-                raise _damaged(folder, f"{_CLIENTS}/{name} is missing")
+        for name in found.get(CLIENTS, ()):
+            if not (folder.parent / CLIENTS / name).is_file():
+                raise _damaged(folder, f"{CLIENTS}/{name} is missing")
     except FileNotFoundError as error:
         name = Path(error.filename).name
         if name in ("trainer_state.json", _MANIFEST):

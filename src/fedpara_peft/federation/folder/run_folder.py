@@ -32,6 +32,7 @@ from .checkpoint import (
 )
 from .history import History
 from .settings import SETTINGS_NAME, same_result, save_settings
+from .store import CLIENTS
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ class RunFolder:
     def _remove_run(self) -> None:
         for path in checkpoints(self._path).values():
             remove_checkpoint(path)
-        shutil.rmtree(self._path / "clients", ignore_errors=True)
+        shutil.rmtree(self._path / CLIENTS, ignore_errors=True)
         for name in (HISTORY_NAME, LEDGER_NAME, SETTINGS_NAME, *_MODELS):
             (self._path / name).unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from ...comm.state import State, join_groups, split_groups
 from ..errors import ResumeError
 from ..state import ClientState
 
+#: The folder of a run in which its clients' states lie.
+CLIENTS = "clients"
 _FILE = re.compile(r"client-(.+)\.round-(\d+)\.safetensors")
 _PLAIN = re.compile(r"[a-z_][a-z0-9_-]*")
 
@@ -51,11 +53,21 @@ def kept_files(folder: Path, version: int) -> list[str]:
         version: rounds completed.
     """
     newest: dict[str, int] = {}
+    for key, number in _stored(folder):
+        if number <= version:
+            newest[key] = max(number, newest.get(key, 0))
+    return sorted(_file_name(key, number) for key, number in newest.items())
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, int]]:
+    """A client's key and a version, of every file of a store."""
     for path in folder.glob("client-*"):
-        match = _FILE.fullmatch(path.name)
-        if match and int(match[2]) <= version:
-            newest[match[1]] = max(int(match[2]), newest.get(match[1], 0))
-    return sorted(f"client-{key}.round-{number}.safetensors" for key, number in newest.items())
+        if match := _FILE.fullmatch(path.name):
+            yield match[1], int(match[2])
+
+
+def _file_name(key: str, version: int) -> str:
+    return f"client-{key}.round-{version}.safetensors"
 
 
 class ClientStore(ABC):
@@ -141,11 +153,10 @@ class DiskStore(ClientStore):
         self._names = names
         self._unsynced: list[Path] = []
         index = None if names is None else {file_key(name): i for i, name in enumerate(names)}
-        for path in self.folder.glob("client-*"):
-            if match := _FILE.fullmatch(path.name):
-                client = index.get(match[1]) if index is not None else _number(match[1])
-                if client is not None:
-                    self.note(client, int(match[2]))
+        for key, version in _stored(self.folder):
+            client = index.get(key) if index is not None else _number(key)
+            if client is not None:
+                self.note(client, version)
 
     def clear(self) -> None:
         """Forget all clients of a former run."""
@@ -163,7 +174,7 @@ class DiskStore(ClientStore):
 
     def _path(self, client: int, version: int) -> Path:
         key = file_key(client if self._names is None else self._names[client])
-        return self.folder / f"client-{key}.round-{version}.safetensors"
+        return self.folder / _file_name(key, version)
 
     def _read(self, client: int, version: int) -> ClientState:
         groups = split_groups(_read_checked(self._path(client, version)))
