@@ -205,7 +205,7 @@ def test_a_fit_finds_the_constants_that_times_were_made_of(gpu):
         for r in (2, 4, 8, 16):
             for size in (256, 1024, 4096):
                 row = linear_row(positions, 1, 1, r, size)
-                form, compose = rule.counted(row, 1024.0, 64.0, 2.0**24)
+                form, compose = rule.counted(row, 1024.0, 64.0, 2.0**28)
                 cases.append(linear_row(positions, compose, form, r, size))
     constants = rule.fitted(cases, [rule.PASS_COSTS, rule.ACTIVATIONS, rule.LAUNCHES])
     assert rule.judged(cases, lambda row: rule.chosen(row, *constants)) == (0, 0, 1)
